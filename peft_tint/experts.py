@@ -1,0 +1,157 @@
+"""Loads experts (full checkpoints fine-tuned from one base model) and checks them tensor by tensor."""
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+REFERENCE_KEYS = ("id", "revision", "subfolder")
+# Settings that change what a model computes without changing the shape of any tensor.
+FORWARD_SETTINGS = ("hidden_act", "hidden_activation", "num_attention_heads", "layer_norm_eps", "rms_norm_eps")
+# Two independently trained models have a cosine of about 0, fine-tuning keeps it above 0.9; noise 20 times larger
+# than the weights themselves would be needed to fall below this.
+UNRELATED_COSINE = 0.05
+
+
+class Expert(NamedTuple):
+    """One expert: its tensors under the base model's names, and its module and config where there are any."""
+
+    task: str
+    tensors: dict[str, torch.Tensor]
+    module: nn.Module | None
+    config: PretrainedConfig | None
+
+
+def load_expert(task: str, source, base: nn.Module) -> Expert:
+    """Loads the expert of `task` as a model of the base's class.
+
+    `source` is a Hub id or local folder, or {"id", "revision", "subfolder"}, or an expert in memory: a module or a
+    state dict. For a base that is not a transformers model, a folder or repository with a `model.safetensors` is a
+    state dict. Only safetensors are read. Raises ValueError if the source is not an expert of this kind of model.
+    """
+    if isinstance(source, nn.Module):
+        return Expert(task, source.state_dict(), source, getattr(source, "config", None))
+    if isinstance(source, Mapping) and all(isinstance(value, torch.Tensor) for value in source.values()):
+        return Expert(task, dict(source), None, None)
+    reference = {"id": source} if isinstance(source, str | os.PathLike) else dict(source)
+    location = os.fspath(reference["id"])
+    where = {key: value for key, value in reference.items() if key != "id" and value is not None}
+    folder = os.path.join(location, where.get("subfolder", ""))
+    if os.path.isdir(location):
+        _check_folder(task, folder)
+    if not isinstance(base, PreTrainedModel):
+        file = os.path.join(folder, "model.safetensors")
+        if not os.path.isdir(location):
+            file = hf_hub_download(location, "model.safetensors", **where)
+        return Expert(task, load_file(file), None, None)
+    return _load_transformers_model(task, location, where, base)
+
+
+def _check_folder(task, folder):
+    if not os.path.isdir(folder):
+        raise ValueError(f"Expert {task!r}: there is no folder {folder!r}. Check `subfolder`.")
+    files = os.listdir(folder)
+    if "adapter_config.json" in files:
+        raise ValueError(
+            f"Expert {task!r} in {folder!r} is a PEFT adapter, not a full checkpoint. Load it with PEFT, save "
+            "`merge_and_unload()` of it, and give that folder."
+        )
+    if not any(file.endswith(".safetensors") for file in files):
+        pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        if pickles:
+            raise ValueError(
+                f"Expert {task!r} in {folder!r} is stored as a pickle ({pickles[0]}), which can run code when it is "
+                "loaded, so it is refused. Save it again with `save_pretrained`, which writes safetensors."
+            )
+        raise ValueError(f"Expert {task!r}: the folder {folder!r} has no safetensors file (found {sorted(files)}).")
+
+
+def _load_transformers_model(task, location, where, base):
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(location, **where)
+    except OSError as error:
+        raise ValueError(
+            f"Expert {task!r}: {location!r} is neither a local folder nor a model that can be reached on the Hub. "
+            "Check the spelling, the revision, and your access if it is private or you are offline."
+        ) from error
+    if settings.get("model_type") != base.config.model_type:
+        raise ValueError(
+            f"Expert {task!r} from {location!r} is a {settings.get('model_type')!r} model, the base model is "
+            f"{base.config.model_type!r}. Experts must be fine-tuned from the base model."
+        )
+    model, report = type(base).from_pretrained(
+        location, **where, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    stored_as = settings.get("architectures") or ["its own class"]
+    remedy = f"Its class is {stored_as[0]}, the base is loaded as {type(base).__name__}: load the base as that class."
+    for problem, names in (("has no", report["missing_keys"]), ("also has", report["unexpected_keys"])):
+        if names:
+            raise ValueError(f"Expert {task!r} from {location!r} {problem} {_listing(names)}. {remedy}")
+    return Expert(task, model.state_dict(), model, model.config)
+
+
+def check_expert(expert: Expert, base_tensors: dict[str, torch.Tensor], per_task: set[str], fixed: set[str], base_config) -> None:
+    """Accounts for every tensor of an expert; raises ValueError, naming expert and tensor, at the first that is off.
+
+    `base_tensors` are the base's parameters and persistent buffers by name, tied ones under each of their names.
+    Tensors named in `per_task` (the head, the tint layer) may have shapes of their own, those in `fixed` cannot be
+    merged and must have the base's values.
+    """
+    task, tensors = expert.task, expert.tensors
+    present = {id(base_tensors[name]) for name in tensors if name in base_tensors}
+    # A file may store a tied tensor under one of its names only.
+    missing = [name for name, tensor in base_tensors.items() if name not in tensors and id(tensor) not in present]
+    extra = [name for name in tensors if name not in base_tensors]
+    if missing:
+        raise ValueError(f"Expert {task!r} has no {_listing(missing)}, which the base model has. Is it another model?")
+    if extra:
+        raise ValueError(f"Expert {task!r} has {_listing(extra)}, which the base model has not. Load the base as the "
+                         "class of the expert (for instance AutoModelForSequenceClassification).")  # fmt: skip
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(f"Expert {task!r}: {name!r} has {count} NaN or Inf of {tensor.numel()} values. The "
+                             "checkpoint is broken; fine-tune or download it again.")  # fmt: skip
+        if name not in per_task and tensor.shape != base_tensors[name].shape:
+            raise ValueError(
+                f"Expert {task!r}: {name!r} has shape {tuple(tensor.shape)}, in the base model it has "
+                f"{tuple(base_tensors[name].shape)}. Experts must be fine-tuned from the base model; a layer that "
+                "differs by task (a head) must be named in `tint_layer`."
+            )
+        if name in fixed and tensor.is_floating_point() and not torch.equal(tensor, base_tensors[name].to(tensor)):
+            raise ValueError(f"Expert {task!r}: {name!r} differs from the base model's, but buffers (running statistics) "
+                             "and parameters of the model itself cannot be merged. Freeze it in fine-tuning.")  # fmt: skip
+        if not tensor.is_floating_point() and not name in fixed:
+            raise ValueError(f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
+                             "Load base and experts unquantised.")  # fmt: skip
+    if expert.config is not None and base_config is not None:
+        for key in FORWARD_SETTINGS:
+            ours, theirs = getattr(base_config, key, None), getattr(expert.config, key, None)
+            if ours != theirs:
+                raise ValueError(f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
+                                 "Use the base model that the expert was fine-tuned from.")  # fmt: skip
+    shared = [n for n, t in tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
+    cosine = _cosine([tensors[name] for name in shared], [base_tensors[name] for name in shared])
+    if cosine < UNRELATED_COSINE:
+        raise ValueError(
+            f"Expert {task!r} was not fine-tuned from this base model: the cosine between their weights is "
+            f"{cosine:.3f} (a fine-tuned model has more than 0.9). Use the base model that it came from."
+        )
+
+
+def _cosine(xs, ys):
+    dot = norm_x = norm_y = 0.0
+    for x, y in zip(xs, ys, strict=True):
+        x, y = x.flatten().float(), y.detach().to(x.device).flatten().float()
+        dot, norm_x, norm_y = dot + x.dot(y).item(), norm_x + x.dot(x).item(), norm_y + y.dot(y).item()
+    return dot / (norm_x * norm_y) ** 0.5 if norm_x and norm_y else 1.0
+
+
+def _listing(names):
+    names = sorted(names)
+    return f"{', '.join(map(repr, names[:3]))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")

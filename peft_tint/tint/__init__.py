@@ -1,0 +1,4 @@
+from .config import TintConfig
+from .model import Coefficients, TintModel, from_experts
+
+__all__ = ["Coefficients", "TintConfig", "TintModel", "from_experts"]

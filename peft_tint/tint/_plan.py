@@ -1,0 +1,185 @@
+"""All that is decided, loaded and checked before the first module of the model is replaced.
+
+So an expert that does not fit leaves the model as it was.
+"""
+
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..experts import check_expert, load_expert
+from ..task_vectors import compute_task_vector
+from ._structure import find_head, find_layers, has_parameters, is_under, named_tensors, own_parameters, plain_modules
+from .config import TintConfig
+from .merged_layer import UNITS
+
+LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+
+
+@dataclass
+class Plan:
+    """Keys are module names as they were before any adapter."""
+
+    task_vectors: dict[str, dict[str, torch.Tensor]]  # module -> parameter -> (tasks, *shape)
+    tied: dict[str, dict[str, tuple[str, str]]]  # module -> parameter -> the (module, parameter) that merges it
+    trainable: dict[str, bool]  # module with a copy per task -> is it (part of) the tint layer
+    task_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the copy to train
+    expert_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the expert's own
+    labels: dict[str, dict]  # task -> label fields of the config
+
+
+def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
+    """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time."""
+    modules = dict(plain_modules(model))
+    tensors, buffers = named_tensors(modules)
+    trainable = _per_task_modules(config, model, modules)
+    targets, tied = _merged_parameters(config, modules, trainable)
+    if config.target_modules is not None and not targets:
+        raise ValueError(f"Target modules {config.target_modules} not found in the base model. "
+                         "Please check the target modules and try again.")  # fmt: skip
+    task_vectors = {}
+    for name, parameters in targets.items():
+        owned = {leaf: p for leaf, p in parameters.items() if leaf not in tied.get(name, {})}
+        task_vectors[name] = {leaf: p.new_empty((len(sources), *p.shape)) for leaf, p in owned.items()}
+
+    per_task = {name for name in tensors if is_under(name, trainable)}
+    fixed = (buffers | set(own_parameters(model))) - per_task
+    names_of = {}
+    for name, tensor in tensors.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    expert_modules = {name: {} for name in trainable}
+    labels = {}
+    for index, (task, source) in enumerate(sources.items()):
+        expert = load_expert(task, source, model)
+        check_expert(expert, tensors, per_task, fixed, getattr(model, "config", None))
+        for module, stacks in task_vectors.items():
+            for leaf, stack in stacks.items():
+                base = tensors[f"{module}.{leaf}"]
+                stored = next(name for name in names_of[id(base)] if name in expert.tensors)
+                stack[index] = compute_task_vector(expert.tensors[stored].to(base.device), base.detach())
+        for name in trainable:
+            expert_modules[name][task] = _expert_module(expert, name, modules[name])
+        labels[task] = _labels(expert, model, [expert_modules[name][task] for name in trainable])
+
+    task_modules = {
+        name: _initial_modules(config, name, modules[name], copies, train)
+        for (name, train), copies in zip(trainable.items(), expert_modules.values(), strict=True)
+    }
+    return Plan(task_vectors, tied, trainable, task_modules, expert_modules, labels)
+
+
+def _per_task_modules(config, model, modules):
+    """{name: is it the tint layer} of the modules with one copy per task: the head always, and the tint layer."""
+    head = find_head(model, modules)
+    tint = head if config.tint_layer is None else find_layers(config.tint_layer, modules)
+    if config.tint_layer is None and not tint:
+        warnings.warn(
+            f"{type(model).__name__} has no head that belongs to a task, so only coefficients will train (as in "
+            "AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
+            stacklevel=2,
+        )
+    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
+    for name in tint:
+        if not has_parameters(modules[name]):
+            raise ValueError(f"`tint_layer` {name!r} has no parameters to train; name a layer that has.")
+        if is_under(name, [*tint, *head, *units], strictly=True):
+            around = next(other for other in (*tint, *head, *units) if is_under(name, [other], strictly=True))
+            raise ValueError(f"`tint_layer` {name!r} is part of {around!r}, which has one copy per task or reads its "
+                             f"weights directly; name {around!r} instead.")  # fmt: skip
+        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; list "
+                             f"the modules in it, such as {name + '.0'!r}.")  # fmt: skip
+    return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
+
+
+def _merged_parameters(config, modules, per_task):
+    """The parameters to merge by module, and of those the tied ones, whose value another module's entry decides."""
+    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
+    candidates = {
+        name: own_parameters(module)
+        for name, module in modules.items()
+        if name and not is_under(name, per_task) and not is_under(name, units, strictly=True)
+    }
+    chosen = {id(p) for name, own in candidates.items() if is_target(config, name) for p in own.values()}
+    targets, tied, owner = {}, {}, {}
+    for name, own in candidates.items():
+        # A parameter that is merged in one place is merged wherever else it is used
+        parameters = {leaf: p for leaf, p in own.items() if id(p) in chosen}
+        if parameters:
+            targets[name] = parameters
+        for leaf, p in parameters.items():
+            if owner.setdefault(id(p), (name, leaf)) != (name, leaf):
+                tied.setdefault(name, {})[leaf] = owner[id(p)]
+    return targets, tied
+
+
+def is_target(config: TintConfig, name: str):
+    """PEFT's matching rules, where no `target_modules` at all means every module."""
+    if config.target_modules is None:
+        config = copy.copy(config)
+        config.target_modules = ".*"
+    return check_target_module_exists(config, name)
+
+
+def _expert_module(expert, name, base_module):
+    """The expert's own copy of a module, of its own size, on the base's device and in its dtype."""
+    reference = next(base_module.parameters())
+    if expert.module is not None:
+        module = copy.deepcopy(expert.module.get_submodule(name))
+    else:
+        module = copy.deepcopy(base_module)
+        for path, child in module.named_modules():
+            for leaf, parameter in child.named_parameters(recurse=False):
+                value = expert.tensors[".".join(filter(None, (name, path, leaf)))]
+                setattr(child, leaf, nn.Parameter(value.detach().clone(), parameter.requires_grad))
+            if isinstance(child, nn.Linear):
+                child.out_features, child.in_features = child.weight.shape
+    return module.to(reference.device, reference.dtype).requires_grad_(True)
+
+
+def _initial_modules(config, name, base_module, expert_modules, trainable):
+    """The copies to train, as `tint_layer_init` says. A head that does not train stays the expert's."""
+    copies = copy.deepcopy(expert_modules)
+    if config.tint_layer_init == "expert" or not trainable:
+        return copies
+    base = dict(base_module.named_parameters())
+    for task, module in copies.items():
+        for leaf, parameter in module.named_parameters():
+            if parameter.shape != base[leaf].shape:
+                raise ValueError(
+                    f"`tint_layer_init` is {config.tint_layer_init!r}, but {name}.{leaf} of expert {task!r} has shape "
+                    f"{tuple(parameter.shape)} and the base model's has {tuple(base[leaf].shape)}. Use 'expert'."
+                )
+    init = config.coefficient_init
+    values = {}
+    for leaf, weight in base.items():
+        values[leaf] = weight.detach().float()
+        if config.tint_layer_init == "merged":
+            for task, module in expert_modules.items():
+                coefficient = init[task] if isinstance(init, dict) else init
+                values[leaf] = values[leaf] + coefficient * compute_task_vector(module.get_parameter(leaf), weight).data
+    for module in copies.values():
+        for leaf, parameter in module.named_parameters():
+            parameter.data.copy_(values[leaf])
+    return copies
+
+
+def _labels(expert, model, heads):
+    """The label fields of the task's config. A state dict has none: then names of the size of its head."""
+    base = labels_of(getattr(model, "config", None))
+    if expert.config is not None:
+        return labels_of(expert.config)
+    linears = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
+    if not base or not linears or linears[-1].out_features == len(base["id2label"]):
+        return base
+    names = [f"LABEL_{index}" for index in range(linears[-1].out_features)]
+    return {**base, "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def labels_of(config) -> dict:
+    """The fields of a transformers config that name a task's labels; {} for a model without them."""
+    return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if getattr(config, "id2label", None)}

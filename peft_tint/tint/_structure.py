@@ -1,0 +1,95 @@
+"""What a model is made of, seen through any adapters that already wrap it: its modules, tensors, head and blocks."""
+
+import difflib
+import re
+from collections.abc import Iterator
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from .merged_layer import UNITS, MergedLayer
+
+# How models that do not keep their backbone under `base_model_prefix` (CLIP, SigLIP) name their head.
+HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
+
+
+def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of all modules with the names they had before any adapter was added, each name once."""
+    if isinstance(module, MergedLayer):
+        module = module.base_layer
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    yield name, module
+    for child_name, child in module._modules.items():
+        if child is not None:
+            yield from plain_modules(child, f"{name}.{child_name}" if name else child_name)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a wrapper of this module is responsible for: not its children's, except in a unit."""
+    return dict(module.named_parameters(recurse=isinstance(module, UNITS), remove_duplicate=False))
+
+
+def has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def named_tensors(modules: dict[str, nn.Module]) -> tuple[dict[str, torch.Tensor], set[str]]:
+    """Parameters and persistent buffers under all their names, as in a state dict; and the names of the buffers."""
+    tensors, buffers = {}, set()
+    for name, module in modules.items():
+        prefix = f"{name}." if name else ""
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            tensors[prefix + leaf] = parameter
+        for leaf, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if leaf not in module._non_persistent_buffers_set:
+                tensors[prefix + leaf] = buffer
+                buffers.add(prefix + leaf)
+    return tensors, buffers
+
+
+def find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """The names of the modules that make a task's output of the backbone's features; [] where there are none.
+
+    In a transformers model for a task (`...For...`) that is all beside the backbone, such as DistilBERT's
+    `pre_classifier` and `classifier`. A language model's output embeddings belong to the vocabulary, not to a task.
+    """
+    if not isinstance(model, PreTrainedModel) or "For" not in type(model).__name__:
+        return []
+    if model.get_output_embeddings() is not None:
+        return []
+    children = [name for name, module in modules.items() if name and "." not in name and has_parameters(module)]
+    if model.base_model_prefix in children:
+        return [name for name in children if name != model.base_model_prefix]
+    return [name for name in children if name in HEAD_NAMES]
+
+
+def find_layers(wanted: str | list[str], modules: dict[str, nn.Module]) -> list[str]:
+    """The full names of modules given by name or unique ending. Raises ValueError for none or more than one."""
+    found = []
+    for layer in [wanted] if isinstance(wanted, str) else wanted:
+        matches = [layer] if layer in modules else [name for name in modules if name.endswith(f".{layer}")]
+        if not matches:
+            near = difflib.get_close_matches(layer, [name for name in modules if name], n=5, cutoff=0.3)
+            raise ValueError(f"`tint_layer` {layer!r} matches no module of the model. Near to it: {', '.join(near)}.")
+        if len(matches) > 1:
+            raise ValueError(f"`tint_layer` {layer!r} matches {len(matches)} modules ({', '.join(matches[:4])}, ...). "
+                             "Write out the one you mean, or list those you mean.")  # fmt: skip
+        found += matches
+    return found
+
+
+def is_under(name: str, ancestors, strictly: bool = False) -> bool:
+    return any(name.startswith(f"{ancestor}.") or (name == ancestor and not strictly) for ancestor in ancestors)
+
+
+def unit_name(granularity: str, module: str, parameter: str) -> str:
+    """What shares a coefficient with this parameter. Outside of numbered blocks, siblings share one."""
+    if granularity == "model":
+        return "model"
+    if granularity == "block":
+        block = re.match(r"(.*?\.\d+)(\.|$)", module)
+        return block[1] if block else module.rpartition(".")[0] or module
+    return module if granularity == "module" else f"{module}.{parameter}"

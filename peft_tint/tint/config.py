@@ -1,0 +1,154 @@
+"""The configuration of TINT."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from ..experts import REFERENCE_KEYS
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass
+class TintConfig(PeftConfig):
+    """
+    Configuration of TINT, multi-task model merging with trainable coefficients and one trainable layer per task
+    ([Model Tinting](https://arxiv.org/abs/2412.19098)).
+
+    Args:
+        experts (`dict[str, str | dict]`):
+            For each task the expert: a Hub id, a local folder, or `{"id": ..., "revision": ..., "subfolder": ...}`.
+            Task names consist of letters, digits, `_` and `-`. Experts held in memory go through
+            [`from_experts`] instead.
+        target_modules (`list[str] | str`, *optional*):
+            The modules to merge. `None` (default) merges every parameter outside of the tint layer and the head. A
+            list matches names or their endings, a string is a regular expression on the whole name. Modules that are
+            not targeted keep the base model's weights.
+        exclude_modules (`list[str] | str`, *optional*):
+            Modules not to merge, matched in the same way.
+        tint_layer (`str | list[str]`, *optional*):
+            The layer with one trainable copy per task: a module name or its unique ending, or a list of them. `None`
+            (default) is the model's head, `[]` is none (only coefficients train). Each task keeps its own head in
+            any case; a head that is not the tint layer is frozen.
+        tint_layer_init (`str`):
+            Where the tint layer's copies start: `"expert"` (default), `"merged"` or `"base"`.
+        granularity (`str`):
+            What shares one coefficient per expert: `"tensor"` (default; AdaMerging's layer-wise), `"module"`,
+            `"block"` (all of one numbered block) or `"model"` (AdaMerging's task-wise).
+        coefficient_init (`float | dict[str, float]`):
+            The coefficients' starting value (0.3), for all tasks or for each.
+        coefficient_bounds (`tuple[float, float]`, *optional*):
+            The interval onto which the trainer projects the coefficients after each update, `[0, 1]` by default.
+            `None` leaves them free.
+        init_weights (`bool`):
+            `False` starts from random coefficients.
+        layers_to_transform (`list[int] | int`, *optional*):
+            With a list of `target_modules`: the indices of the blocks to merge.
+        layers_pattern (`list[str] | str`, *optional*):
+            With `layers_to_transform`: the name of the list that holds the blocks.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train and save, one copy for all tasks.
+    """
+
+    experts: dict[str, str | dict] | None = field(
+        default=None,
+        metadata={"help": "For each task the expert: a Hub id, a local folder or {'id', 'revision', 'subfolder'}."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules to merge (list of endings, or regex); None: all outside of tint layer and head."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to merge (list of endings, or regex)."}
+    )
+    tint_layer: str | list[str] | None = field(
+        default=None,
+        metadata={"help": "The layer with one trainable copy per task; None: the model's head; []: none."},
+    )
+    tint_layer_init: Literal["expert", "merged", "base"] = field(
+        default="expert", metadata={"help": "Where the copies of the tint layer start: expert, merged or base."}
+    )
+    granularity: Literal["tensor", "module", "block", "model"] = field(
+        default="tensor", metadata={"help": "What shares one coefficient: tensor, module, block or model."}
+    )
+    coefficient_init: float | dict[str, float] = field(
+        default=0.3, metadata={"help": "Starting value of the coefficients, for all tasks or for each."}
+    )
+    coefficient_bounds: tuple[float, float] | None = field(
+        default=(0.0, 1.0),
+        metadata={"help": "The coefficients are projected onto this interval after each update; None: free."},
+    )
+    init_weights: bool = field(default=True, metadata={"help": "False: random coefficients."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "The indices of the blocks to merge, with a list of target_modules."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "The name of the list of blocks that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save, one copy for all tasks."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.TINT
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` says where `layers_to_transform` counts; set `layers_to_transform` too.")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
+            raise ValueError("`layers_to_transform` needs `target_modules` as a list of module names.")
+        self._check_experts()
+        self._check_coefficients()
+        _check_choice("tint_layer_init", self.tint_layer_init, ("expert", "merged", "base"))
+        _check_choice("granularity", self.granularity, ("tensor", "module", "block", "model"))
+
+    def _check_experts(self):
+        if self.experts is None:
+            return
+        if not isinstance(self.experts, dict) or not self.experts:
+            raise ValueError(f"`experts` is {self.experts!r}; it must name at least one: {{task: Hub id or folder}}.")
+        for task, source in self.experts.items():
+            check_task_name(task)
+            # None stands for an expert that `from_experts` got in memory
+            if isinstance(source, dict) and ("id" not in source or set(source) - set(REFERENCE_KEYS)):
+                raise ValueError(f"`experts[{task!r}]` is {source!r}; a reference has the key 'id' and may have "
+                                 "'revision' and 'subfolder'.")  # fmt: skip
+            if not isinstance(source, str | dict | None):
+                raise ValueError(
+                    f"`experts[{task!r}]` is a {type(source).__name__}; a config holds Hub ids and folders. Give "
+                    "models or state dicts in memory to `peft_tint.from_experts(base, {task: module})`."
+                )
+
+    def _check_coefficients(self):
+        init = self.coefficient_init
+        if isinstance(init, dict):
+            if set(init) != set(self.experts or ()):
+                raise ValueError(f"`coefficient_init` names the tasks {sorted(init)}, `experts` names "
+                                 f"{sorted(self.experts or ())}; name the same ones.")  # fmt: skip
+        values = list(init.values()) if isinstance(init, dict) else [init]
+        if not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"`coefficient_init` is {init!r}; it must be a number or {{task: number}}.")
+        if self.coefficient_bounds is None:
+            return
+        if len(self.coefficient_bounds) != 2 or self.coefficient_bounds[0] >= self.coefficient_bounds[1]:
+            raise ValueError(f"`coefficient_bounds` is {self.coefficient_bounds!r}; it must be [lowest, highest].")
+        low, high = self.coefficient_bounds = tuple(self.coefficient_bounds)
+        if not all(low <= value <= high for value in values):
+            raise ValueError(f"`coefficient_init` is {init!r}, outside of `coefficient_bounds` [{low}, {high}]. Widen "
+                             "the bounds (None leaves the coefficients free) or start inside.")  # fmt: skip
+
+
+def check_task_name(task: str) -> None:
+    if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
+        raise ValueError(f"The task name {task!r} is not allowed; use letters, digits, '_' and '-' ([A-Za-z0-9_-]+).")
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, choices))}.")

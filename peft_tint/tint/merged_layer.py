@@ -1,0 +1,172 @@
+"""A module whose weights are merged by coefficients on each forward."""
+
+import warnings
+from contextlib import contextmanager
+from operator import attrgetter
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..task_vectors import merge_weight
+
+# These read the weights of their children without calling them, so they are wrapped as one unit.
+UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class MergedLayer(nn.Module, BaseTunerLayer):
+    """Wraps a module; its own parameters become W0 + sum_k lambda_k tau_k while its forward runs.
+
+    Per adapter it holds the coefficients, of shape (units, tasks) with one row a parameter or one row for all, and the
+    task vectors, {parameter name: (tasks, *shape)}, as buffers that are not saved.
+
+    The merged tensors are put into the wrapped module's `__dict__` for the call, where they hide the parameters of
+    the same name. This serves every kind of module alike (position embeddings and cls tokens too) and leaves names,
+    hooks, pickling and gradient checkpointing as they are.
+    """
+
+    adapter_layer_names = ("tint_coefficients",)
+    other_param_names = ("tint_task_vectors", "units")
+
+    def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
+        super().__init__()
+        self.base_layer = base_layer
+        self.tint_coefficients = nn.ParameterDict()
+        self.tint_task_vectors = nn.ModuleDict()
+        self.units = {}  # adapter -> the names of the rows of its coefficients
+        self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
+        self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
+        self.merged_adapters = []
+        self._unmerged = {}  # the base weights while the adapter is merged into them
+        self._disable_adapters = False
+        self._active_adapter = list(active_adapters)
+
+    def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
+        self.units[adapter_name] = units
+        if task_vectors:
+            self.tint_coefficients[adapter_name] = coefficients
+            self.tint_task_vectors[adapter_name] = BufferDict(
+                {name.replace(".", "/"): stack for name, stack in task_vectors.items()}, persistent=False
+            )
+
+    @property
+    def added_adapters(self):
+        return self.units.keys()
+
+    def merged_tensors(self, adapter_names=None) -> dict[str, torch.Tensor]:
+        """The merged value of each parameter that the given adapters (default: the active ones) change."""
+        merged = {}
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if adapter not in self.tint_coefficients:
+                continue
+            coefficients = self.tint_coefficients[adapter]
+            rows = coefficients.expand(len(self.tint_task_vectors[adapter]), -1)
+            for row, (key, stack) in zip(rows, self.tint_task_vectors[adapter].items(), strict=True):
+                name = key.replace("/", ".")
+                # not get_parameter(): FSDP puts plain tensors in the parameters' place
+                weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
+                if self.expert is None:
+                    merged[name] = merge_weight(weight, row, stack)
+                elif self.expert[0] == adapter:
+                    merged[name] = weight + stack[self.expert[1]]
+        for name, (owner, name_there) in self.tied.items():
+            values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
+            if name_there in values:
+                merged[name] = values[name_there]
+        return merged
+
+    def forward(self, *args, **kwargs):
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(*args, **kwargs)
+        with _shadowed(self.base_layer, self.merged_tensors()):
+            return self.base_layer(*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the merged weights into the base layer; `unmerge` restores the very tensors it had."""
+        adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.tint_coefficients]
+        if not adapter_names:
+            return
+        with torch.no_grad():
+            merged = self.merged_tensors(adapter_names)
+        if safe_merge:
+            for weight in merged.values():
+                if not torch.isfinite(weight).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken"
+                    )
+        for name, weight in merged.items():
+            if name in self.tied:  # written by its owner into the one shared parameter
+                continue
+            parameter = attrgetter(name)(self.base_layer)
+            self._unmerged.setdefault(name, parameter.data)
+            parameter.data = weight
+        self.merged_adapters.extend(adapter_names)
+
+    def unmerge(self) -> None:
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for name, weight in self._unmerged.items():
+            attrgetter(name)(self.base_layer).data = weight
+        self._unmerged = {}
+        self.merged_adapters = []
+
+    # Some models read a weight where they do not call its module (DeBERTa its relative position embeddings, T5 the
+    # dtype of `wo.weight`): they must see the merged one.
+    @property
+    def weight(self):
+        return self._read("weight")
+
+    @property
+    def bias(self):
+        return self._read("bias")
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("tint_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return self._read(name)
+
+    def _read(self, name):
+        owned = any(name in vectors for vectors in self.tint_task_vectors.values()) or name in self.tied
+        if owned and not self.disable_adapters and not self.merged:
+            merged = self.merged_tensors()
+            if name in merged:
+                return merged[name]
+        return getattr(self.base_layer, name)
+
+    def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        # PEFT does not look below a tuner layer, but there may be more of ours
+        for module in self.base_layer.modules():
+            for name, child in module._modules.items():
+                if isinstance(child, MergedLayer | ModulesToSaveWrapper):
+                    module._modules[name] = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        return self.base_layer
+
+    def __repr__(self):
+        return "tint." + super().__repr__()
+
+
+@contextmanager
+def _shadowed(module, tensors):
+    """Makes `module.<name>` resolve to another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
+    replaced = []
+    try:
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            attributes = module.get_submodule(owner).__dict__
+            assert leaf not in attributes, f"{name} is already shadowed"
+            attributes[leaf] = tensor
+            replaced.append((attributes, leaf))
+        yield
+    finally:
+        for attributes, leaf in replaced:
+            del attributes[leaf]

@@ -1,0 +1,287 @@
+"""TINT: experts of one base model as one PEFT model with trainable merging coefficients and tint layers."""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from torch import nn
+
+from ._plan import is_target, labels_of, make_plan
+from ._structure import plain_modules, unit_name
+from .config import TintConfig
+from .merged_layer import MergedLayer
+from .tint_layer import TintLayer
+
+
+class Coefficients(NamedTuple):
+    """Merging coefficients: `values` of shape (tasks, units), float32; `tasks` and `units` name its axes."""
+
+    values: torch.Tensor
+    tasks: list[str]
+    units: list[str]
+
+
+def from_experts(base: nn.Module, experts: dict, **config):
+    """As `get_peft_model(base, TintConfig(...))`, for experts held in memory.
+
+    `experts` is {task: module or state dict}, `config` the other fields of `TintConfig`. The experts are only read.
+    The result cannot be saved, since its adapter could not say where the experts are; `merge_and_unload` can.
+    """
+    config = TintConfig(experts=dict.fromkeys(experts), **config)
+    config.experts_in_memory = experts  # no dataclass field, so it is never saved
+    return get_peft_model(base, config)
+
+
+class TintModel(BaseTuner):
+    """Multi-task merging of experts with trainable coefficients and one trainable layer per task.
+
+    Each parameter outside of the tint layer and the head becomes W0 + sum_k lambda_k tau_k, where tau_k = expert_k -
+    base (Model Tinting, https://arxiv.org/abs/2412.19098). The current task (`set_task`) decides which copy of the
+    tint layer and which head run.
+    """
+
+    prefix = "tint_"
+    tuner_layer_cls = MergedLayer
+    target_module_mapping = {}
+
+    # ---- use ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self._active_config.experts)
+
+    @property
+    def task(self) -> str:
+        """The current task."""
+        return self._task[self._adapter]
+
+    def set_task(self, task: str) -> None:
+        """Makes `task` the current one: its tint layer and head run, and the model's config has its labels.
+
+        Raises ValueError for a task that the model does not have."""
+        if task not in self.tasks:
+            raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
+        self._task[self._adapter] = task
+        for layer in self._tint_layers():
+            layer.set_task(self._adapter, task)
+        _set_labels(self.model, self._labels[self._adapter][task])
+
+    def coefficients(self) -> Coefficients:
+        """A copy of the coefficients. A unit is a tensor, a module, a block or the whole model (`granularity`)."""
+        rows = {}
+        for layer in self._merged_layers():
+            values = layer.tint_coefficients[self._adapter].detach().float().cpu()
+            rows.update(zip(layer.units[self._adapter], values, strict=True))
+        return Coefficients(torch.stack(list(rows.values()), dim=1), self.tasks, list(rows))
+
+    def set_coefficients(self, values: float | dict[str, float] | torch.Tensor) -> None:
+        """Sets the coefficients to one number, to one number per task, or to a tensor like `coefficients().values`."""
+        _, tasks, units = self.coefficients()
+        if isinstance(values, dict):
+            values = torch.tensor([values[task] for task in tasks])[:, None]
+        rows = dict(zip(units, torch.as_tensor(values).expand(len(tasks), len(units)).t(), strict=True))
+        for layer in self._merged_layers():
+            parameter = layer.tint_coefficients[self._adapter]
+            parameter.data.copy_(torch.stack([rows[unit] for unit in layer.units[self._adapter]]))
+
+    def project_coefficients(self) -> None:
+        """Projects the coefficients onto `coefficient_bounds`; `TintTrainer` calls it after each optimizer step.
+
+        A clamp in the forward would do the same to the weights, but leave a coefficient at its bound no gradient."""
+        if self._active_config.coefficient_bounds is not None:
+            for layer in self._merged_layers():
+                layer.tint_coefficients[self._adapter].data.clamp_(*self._active_config.coefficient_bounds)
+
+    @contextmanager
+    def expert(self, task: str):
+        """Within this context the model is the expert of `task`, with the expert's own head and labels.
+
+        Its weights are W0 + tau, made as the forward runs, so no second copy is held; they equal the checkpoint's to
+        float rounding. Raises ValueError while coefficients are merged into the weights.
+        """
+        merged_layers, tint_layers = self._merged_layers(), self._tint_layers()
+        if any(layer.merged for layer in merged_layers):
+            raise ValueError("The coefficients are merged into the weights; call `unmerge_adapter()` first.")
+        before = self.task
+        self.set_task(task)
+        try:
+            for layer in merged_layers:
+                layer.expert = (self._adapter, self.tasks.index(task))
+            for layer in tint_layers:
+                layer.as_expert = True
+            yield
+        finally:
+            for layer in merged_layers:
+                layer.expert = None
+            for layer in tint_layers:
+                layer.as_expert = False
+            self.set_task(before)
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, task: str | None = None):
+        """The merged model of one task (default: the current one), a plain model with that task's head and labels."""
+        if task is not None:
+            self.set_task(task)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self):
+        """The base model, with its own head and labels."""
+        model = super().unload()
+        _set_labels(model, self._base_labels)
+        return model
+
+    def merge_backbone(self) -> None:
+        """Bakes the coefficients into the weights and frees the task vectors; `set_task` goes on working.
+
+        The model then takes the memory of the base and the tint layers, and runs as fast as the base."""
+        self._merged_layers()  # raises if it was done before
+        named = [(name, module) for name, module in self.model.named_modules() if isinstance(module, MergedLayer)]
+        for name, layer in reversed(named):  # a layer before the one around it
+            layer.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        self._backbone_merged = True
+
+    @property
+    def _adapter(self) -> str:
+        return self.active_adapters[0]
+
+    @property
+    def _active_config(self) -> TintConfig:
+        return self.peft_config[self._adapter]
+
+    def _merged_layers(self) -> list[MergedLayer]:
+        """The layers that have coefficients of the active adapter, in the model's order."""
+        if self._backbone_merged:
+            raise ValueError("`merge_backbone` has baked the coefficients into the weights and freed the task vectors; "
+                             "load the model again from its experts to have them.")  # fmt: skip
+        layers = [module for module in self.model.modules() if isinstance(module, MergedLayer)]
+        return [layer for layer in layers if self._adapter in layer.tint_coefficients]
+
+    def _tint_layers(self) -> list[TintLayer]:
+        layers = [module for module in self.model.modules() if isinstance(module, TintLayer)]
+        return [layer for layer in layers if self._adapter in layer.modules_to_save]
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model, config, adapter_name):
+        self._task: dict[str, str] = {}  # adapter -> current task
+        self._labels: dict[str, dict[str, dict]] = {}  # adapter -> task -> label fields of the config
+        self._base_labels = labels_of(getattr(model, "config", None))
+        self._backbone_merged = False
+
+    def _prepare_adapter_config(self, config, model_config):
+        return config  # `target_modules=None` is a rule of ours, not a gap to fill
+
+    def _prepare_model(self, config: TintConfig, model: nn.Module) -> None:
+        sources = config.__dict__.pop("experts_in_memory", config.experts)
+        if not sources:
+            raise ValueError("`TintConfig.experts` is empty; give {task: Hub id or folder} of each expert.")
+        if None in sources.values():
+            raise ValueError("These experts were held in memory and are gone; call `from_experts` with them again.")
+        self._plan = make_plan(config, model, sources)
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        config = self.peft_config[adapter_name]
+        self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
+        self._shared = {}  # unit -> the coefficients that its layers share
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._inject_below_wrappers(model, adapter_name, config)
+            for name, tied in self._plan.tied.items():
+                ties = {leaf: (self._layers[owner], leaf_there) for leaf, (owner, leaf_there) in tied.items()}
+                self._layers[name].tied.update(ties)
+            _wrap_everywhere(model, self._layers.values())
+            self._task[adapter_name] = next(iter(self._plan.labels))
+            self._labels[adapter_name] = self._plan.labels
+        finally:
+            self._plan = self._layers = self._shared = None
+        if adapter_name == self._adapter:
+            self.set_task(self.task)
+
+    def _inject_below_wrappers(self, model, adapter_name, config):
+        """PEFT adds no adapter to the modules inside of one that an earlier adapter has wrapped."""
+        modules = dict(plain_modules(model))
+        for name in (*self._plan.task_modules, *self._plan.task_vectors):
+            parent, _, child = name.rpartition(".")
+            target = modules[parent]._modules[child]
+            if not isinstance(target, MergedLayer | TintLayer) or adapter_name not in target.added_adapters:
+                self._create_and_replace(config, adapter_name, target, child, modules[parent], name)
+
+    def _check_target_module_exists(self, config, key):
+        if key in self._plan.task_vectors or key in self._plan.task_modules:
+            return True
+        result = is_target(config, key)
+        return result if isinstance(result, _ExcludedModule) else False
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None):
+        name = _plain(current_key)
+        active = adapter_name in self.active_adapters
+        if name in self._plan.task_modules:
+            modules = self._plan.task_modules[name], self._plan.expert_modules[name], self._plan.trainable[name]
+            if isinstance(target, TintLayer):
+                target.add_adapter(adapter_name, *modules)
+            else:
+                layer = TintLayer(target, adapter_name, *modules)
+                layer.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
+                setattr(parent, target_name, layer)
+            return
+        if not isinstance(target, MergedLayer):
+            target = self._layers[name] = MergedLayer(target, self.active_adapters)
+            # a parent that is wrapped itself hands attributes on, but holds its children in the wrapped module
+            setattr(parent.base_layer if isinstance(parent, MergedLayer) else parent, target_name, target)
+        units, coefficients = self._make_coefficients(config, name)
+        coefficients.requires_grad_(active and not config.inference_mode)
+        target.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
+
+    def _make_coefficients(self, config, module):
+        """The units of a layer and their coefficients (units, tasks), which layers of one unit share."""
+        vectors = self._plan.task_vectors[module]
+        units = list(dict.fromkeys(unit_name(config.granularity, module, leaf) for leaf in vectors))
+        if len(units) == 1 and units[0] in self._shared:
+            return units, self._shared[units[0]]
+        init = config.coefficient_init
+        row = torch.tensor([init[task] if isinstance(init, dict) else init for task in config.experts])
+        values = row.repeat(len(units), 1)
+        if not config.init_weights:
+            low, high = config.coefficient_bounds or (-1.0, 1.0)
+            values = low + (high - low) * torch.rand(values.shape)
+        device = next((stack.device for stack in vectors.values()), None)
+        coefficients = nn.Parameter(values.to(device))
+        if len(units) == 1:
+            self._shared[units[0]] = coefficients
+        return units, coefficients
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        if None in config.experts.values():
+            raise ValueError(
+                "These experts were held in memory, so a saved adapter could not say where they are. Save each with "
+                "`save_pretrained` and give the folders to TintConfig, or save `merge_and_unload(task=...)`."
+            )
+        if not any(isinstance(module, MergedLayer) for module in model.modules()):
+            raise ValueError("`merge_backbone` has baked the coefficients into the weights, so there are none to save. "
+                             "Save the adapter before it, or save `merge_and_unload(task=...)`.")  # fmt: skip
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+
+def _plain(name: str) -> str:
+    """A module's name as it was before it, or one around it, was wrapped."""
+    return name.replace(".base_layer", "")
+
+
+def _wrap_everywhere(model, layers):
+    """Puts a wrapper also where the model refers to the wrapped module by a second name, which PEFT does not see."""
+    wrapper_of = {id(layer.base_layer): layer for layer in layers}
+    for module in model.modules():
+        for name, child in module._modules.items():
+            if id(child) in wrapper_of and module is not wrapper_of[id(child)]:
+                module._modules[name] = wrapper_of[id(child)]
+
+
+def _set_labels(model, labels):
+    for field, value in labels.items():
+        setattr(model.config, field, value)
+    if labels and hasattr(model, "num_labels"):  # many heads' losses read this copy
+        model.num_labels = model.config.num_labels

@@ -1,0 +1,102 @@
+"""A layer with one copy per task: the tint layer, and the head, which belongs to its task in any case."""
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+
+class TaskModules(nn.Module):
+    """One module per task, of which the one of the current task runs. Other attributes are read from that module."""
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        super().__init__()
+        # The suffix keeps a task from colliding with an attribute of ModuleDict ("pop"), with the name of an adapter, or
+        # with the endings ("score", "classifier") by which PEFT looks for heads
+        self.copies = nn.ModuleDict({f"{task}_task": module for task, module in modules.items()})
+        self.task = next(iter(modules))
+
+    def __getitem__(self, task):
+        return self.copies[f"{task}_task"]
+
+    def forward(self, *args, **kwargs):
+        return self[self.task](*args, **kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "copies" not in self.__dict__.get("_modules", {}) or "task" not in self.__dict__:
+                raise
+            return getattr(self[self.task], name)
+
+
+class TintLayer(ModulesToSaveWrapper):
+    """Holds per adapter one copy of a module for each task (trained and saved) and each expert's own (neither).
+
+    It is one of PEFT's `modules_to_save`, since PEFT by itself makes the classifier such a module for some task types.
+    """
+
+    def __init__(self, module, adapter_name, task_modules, expert_modules, trainable):
+        super().__init__(module, adapter_name)
+        self.add_adapter(adapter_name, task_modules, expert_modules, trainable)
+
+    def init_modules(self, adapter_name, **kwargs):
+        super().init_modules(adapter_name)
+        self.expert_modules = nn.ModuleDict()
+        self._trainable = {}
+        self.as_expert = False  # see `TintModel.expert`
+
+    def add_adapter(self, adapter_name, task_modules: dict, expert_modules: dict, trainable: bool):
+        """`task_modules` and `expert_modules` are {task: module}; `trainable` is False for a head that stays."""
+        self.modules_to_save[adapter_name] = TaskModules(task_modules)
+        self.expert_modules[adapter_name] = TaskModules(expert_modules).requires_grad_(False)
+        self._trainable[adapter_name] = trainable
+        self._adapters.add(adapter_name)
+        self._freeze()
+
+    @property
+    def added_adapters(self):
+        return self.modules_to_save.keys()
+
+    def update(self, adapter_name, **kwargs):
+        """PEFT calls this for each adapter whose `modules_to_save` names this layer; the copies come by `add_adapter`."""
+
+    def set_task(self, adapter_name, task):
+        self.modules_to_save[adapter_name].task = self.expert_modules[adapter_name].task = task
+
+    def _forward_wrapped(self, *args, **kwargs):
+        modules = self.expert_modules if self.as_expert else self.modules_to_save
+        return modules[self.active_adapters[0]](*args, **kwargs)
+
+    def set_adapter(self, adapter_names, inference_mode=False):
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze()
+
+    def enable_adapters(self, enabled):
+        super().enable_adapters(enabled)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names, requires_grad=True):
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
+
+    def _freeze(self):
+        """A head that is not the tint layer does not train."""
+        for adapter_name, trainable in self._trainable.items():
+            if not trainable:
+                self.modules_to_save[adapter_name].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name, new_active_adapters):
+        super().delete_adapter(adapter_name, new_active_adapters)
+        if adapter_name in self.expert_modules:
+            del self.expert_modules[adapter_name], self._trainable[adapter_name]
+
+    def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
+        active = [a for a in (adapter_names or self.active_adapters) if a in self.modules_to_save]
+        if not merge or not active:
+            return self.original_module
+        module = self.modules_to_save[active[0]]
+        module = module[module.task]
+        if safe_merge and not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {active[0]} seems to be broken")
+        return module
