@@ -1,9 +1,20 @@
 """Merges fine-tuned models by PEFT. Importing this package registers the method TINT with PEFT."""
 
 from ._register import register
+from .evaluation import NormalizedAccuracy
 from .tint import Coefficients, TintConfig, TintModel, from_experts
+from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
 register("TINT", TintConfig, TintModel)
 
 __version__ = "0.1.0"
-__all__ = ["Coefficients", "TintConfig", "TintModel", "from_experts"]
+__all__ = [
+    "OBJECTIVES",
+    "Coefficients",
+    "NormalizedAccuracy",
+    "TintConfig",
+    "TintModel",
+    "TintTrainer",
+    "TintTrainingArguments",
+    "from_experts",
+]

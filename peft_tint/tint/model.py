@@ -4,12 +4,13 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from datasets.fingerprint import Hasher
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from ._plan import is_target, labels_of, make_plan
-from ._structure import plain_modules, unit_name
+from ._structure import find_head, plain_modules, unit_name
 from .config import TintConfig
 from .merged_layer import MergedLayer
 from .tint_layer import TintLayer
@@ -64,9 +65,23 @@ class TintModel(BaseTuner):
         if task not in self.tasks:
             raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
         self._task[self._adapter] = task
-        for layer in self._tint_layers():
+        for layer in self._per_task_layers():
             layer.set_task(self._adapter, task)
         _set_labels(self.model, self._labels[self._adapter][task])
+
+    def task_labels(self, task: str) -> dict:
+        """`id2label`, `label2id` and `problem_type` of a task; {} for a model without labels."""
+        return self._labels[self._adapter][task]
+
+    @property
+    def tint_layers(self) -> list[TintLayer]:
+        """The layers of which each task trains a copy."""
+        return [layer for layer in self._per_task_layers() if layer.trainable[self._adapter]]
+
+    @property
+    def head_layers(self) -> list[TintLayer]:
+        """The layers that make the head, in the model's order; they run on the backbone's features."""
+        return [self.model._modules[name] for name in find_head(self.model, dict(plain_modules(self.model)))]
 
     def coefficients(self) -> Coefficients:
         """A copy of the coefficients. A unit is a tensor, a module, a block or the whole model (`granularity`)."""
@@ -101,7 +116,7 @@ class TintModel(BaseTuner):
         Its weights are W0 + tau, made as the forward runs, so no second copy is held; they equal the checkpoint's to
         float rounding. Raises ValueError while coefficients are merged into the weights.
         """
-        merged_layers, tint_layers = self._merged_layers(), self._tint_layers()
+        merged_layers, task_layers = self._merged_layers(), self._per_task_layers()
         if any(layer.merged for layer in merged_layers):
             raise ValueError("The coefficients are merged into the weights; call `unmerge_adapter()` first.")
         before = self.task
@@ -109,15 +124,24 @@ class TintModel(BaseTuner):
         try:
             for layer in merged_layers:
                 layer.expert = (self._adapter, self.tasks.index(task))
-            for layer in tint_layers:
+            for layer in task_layers:
                 layer.as_expert = True
             yield
         finally:
             for layer in merged_layers:
                 layer.expert = None
-            for layer in tint_layers:
+            for layer in task_layers:
                 layer.as_expert = False
             self.set_task(before)
+
+    def expert_fingerprint(self, task: str) -> str:
+        """A hash of all that decides what the expert of `task` computes: its weights, class and config."""
+        with self.expert(task):
+            tensors = [tensor for layer in self._merged_layers() for tensor in layer.merged_tensors().values()]
+            tensors += [p for layer in self._per_task_layers() for p in layer.expert_modules[self._adapter].parameters()]
+            parts = [tensor.detach().cpu().float().numpy().tobytes() for tensor in tensors]
+            config = self.model.config.to_json_string() if hasattr(self.model, "config") else ""
+        return Hasher.hash_bytes([*parts, type(self.model).__name__.encode(), config.encode()])
 
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, task: str | None = None):
         """The merged model of one task (default: the current one), a plain model with that task's head and labels."""
@@ -159,7 +183,7 @@ class TintModel(BaseTuner):
         layers = [module for module in self.model.modules() if isinstance(module, MergedLayer)]
         return [layer for layer in layers if self._adapter in layer.tint_coefficients]
 
-    def _tint_layers(self) -> list[TintLayer]:
+    def _per_task_layers(self) -> list[TintLayer]:
         layers = [module for module in self.model.modules() if isinstance(module, TintLayer)]
         return [layer for layer in layers if self._adapter in layer.modules_to_save]
 

@@ -43,14 +43,14 @@ class TintLayer(ModulesToSaveWrapper):
     def init_modules(self, adapter_name, **kwargs):
         super().init_modules(adapter_name)
         self.expert_modules = nn.ModuleDict()
-        self._trainable = {}
+        self.trainable = {}
         self.as_expert = False  # see `TintModel.expert`
 
     def add_adapter(self, adapter_name, task_modules: dict, expert_modules: dict, trainable: bool):
         """`task_modules` and `expert_modules` are {task: module}; `trainable` is False for a head that stays."""
         self.modules_to_save[adapter_name] = TaskModules(task_modules)
         self.expert_modules[adapter_name] = TaskModules(expert_modules).requires_grad_(False)
-        self._trainable[adapter_name] = trainable
+        self.trainable[adapter_name] = trainable
         self._adapters.add(adapter_name)
         self._freeze()
 
@@ -82,14 +82,14 @@ class TintLayer(ModulesToSaveWrapper):
 
     def _freeze(self):
         """A head that is not the tint layer does not train."""
-        for adapter_name, trainable in self._trainable.items():
+        for adapter_name, trainable in self.trainable.items():
             if not trainable:
                 self.modules_to_save[adapter_name].requires_grad_(False)
 
     def delete_adapter(self, adapter_name, new_active_adapters):
         super().delete_adapter(adapter_name, new_active_adapters)
         if adapter_name in self.expert_modules:
-            del self.expert_modules[adapter_name], self._trainable[adapter_name]
+            del self.expert_modules[adapter_name], self.trainable[adapter_name]
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
         active = [a for a in (adapter_names or self.active_adapters) if a in self.modules_to_save]

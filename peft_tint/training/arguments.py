@@ -1,0 +1,55 @@
+"""The arguments of the trainer, named as in `transformers.TrainingArguments`."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TintTrainingArguments:
+    """How to train coefficients and tint layers. The defaults are those of Model Tinting (arXiv:2412.19098).
+
+    One step visits every task once in random order. `HfArgumentParser` reads this class.
+    """
+
+    output_dir: str = field(default="tint_output", metadata={"help": "Where models and logs are written."})
+    max_steps: int = field(default=500, metadata={"help": "Number of steps; each visits every task once."})
+    update: str = field(
+        default="sequential",
+        metadata={"help": "'sequential': one update per task; 'joint': one update on the sum over tasks."},
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Adam's learning rate; None: 1e-2, or 1e-3 when no tint layer trains."}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta1."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta2."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per task and device."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size without gradients."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per task and update."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
+    seed: int = field(default=42, metadata={"help": "Seed of the order of tasks and data."})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast."})
+    fp16: bool = field(default=False, metadata={"help": "float16 autocast (GPU only)."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between entries of the log."})
+    eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations; None: none in training."})
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "Go back to the best evaluated state, the start included."}
+    )
+    metric_for_best_model: str = field(
+        default="agreement", metadata={"help": "Mean over tasks by which a state is best; 'agreement' needs no labels."}
+    )
+    greater_is_better: bool = field(default=True, metadata={"help": "Whether more of that metric is better."})
+    report_to: str | list[str] = field(
+        default="none", metadata={"help": "Trackers, as in Accelerate: 'tensorboard', 'wandb', ..., 'all' or 'none'."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+
+    def __post_init__(self):
+        if self.update not in ("sequential", "joint"):
+            raise ValueError(f"`update` is {self.update!r}; it must be 'sequential' or 'joint'.")
+        if self.bf16 and self.fp16:
+            raise ValueError("`bf16` and `fp16` are both set; choose one.")
+        if self.load_best_model_at_end and not self.eval_steps:
+            raise ValueError("`load_best_model_at_end` needs `eval_steps`, or there is no state to choose from.")
+        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")

@@ -1,0 +1,388 @@
+"""Trains coefficients and tint layers at test time, on unlabelled data with the experts' pseudo-labels."""
+
+import inspect
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator
+from transformers.trainer_utils import TrainOutput
+
+from ..evaluation import NormalizedAccuracy
+from .arguments import TintTrainingArguments
+from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, to_rows
+from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
+
+
+class TintTrainer:
+    """Test-time training of a TINT model (Model Tinting, https://arxiv.org/abs/2412.19098), driven by Accelerate.
+
+    The model stays in evaluation mode throughout, so dropout is off and running statistics stand still. The experts'
+    outputs are computed once, before the first update. Labels in the training data are not used.
+
+    Args:
+        model: what `get_peft_model(base, TintConfig(...))` returned.
+        args: the training arguments.
+        train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes.
+        eval_dataset: {task: Dataset}; with labels (a column `label` or `labels`) it gives accuracies.
+        objective: a name in `OBJECTIVES` or a function `(logits, expert_logits, mask) -> loss` on rows of shape
+            (rows, classes). Regression tasks take the mean absolute difference to the expert whatever it says.
+        data_collator: makes a batch of a list of samples; default: padding by `processing_class`, else stacking.
+        processing_class: a tokenizer, image processor or other, saved with the model.
+        compute_metrics: `EvalPrediction -> {name: number}` for all tasks, or {task: such a function}. Default: accuracy.
+        callbacks: functions `(trainer, logs)`, called with each entry of the log.
+
+    Raises ValueError for a task that the model does not have, an empty dataset, and an unknown objective.
+    """
+
+    def __init__(
+        self,
+        model,
+        args: TintTrainingArguments | None = None,
+        train_dataset: dict[str, Dataset] | None = None,
+        eval_dataset: dict[str, Dataset] | None = None,
+        objective="confident_pseudo_label",
+        data_collator=None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=(),
+    ):
+        self.model, self.args = model, args or TintTrainingArguments()
+        self.train_dataset = self._check_datasets("train_dataset", train_dataset)
+        self.eval_dataset = self._check_datasets("eval_dataset", eval_dataset)
+        self.objective = self._check_objective(objective)
+        self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
+        self.log_history: list[dict] = []
+        AcceleratorState._reset_state()  # or a second trainer in one process could not choose another precision
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no",
+            log_with=None if self.args.report_to == "none" else self.args.report_to,
+            project_dir=self.args.output_dir,
+        )
+        self.model.to(self.accelerator.device)
+        self._collate = self._make_collator(data_collator)
+        self._optimizer = None
+        self._cached = {}
+
+    def _check_datasets(self, name, datasets):
+        for task, dataset in (datasets or {}).items():
+            if task not in self.model.tasks:
+                known = ", ".join(map(repr, self.model.tasks))
+                raise ValueError(f"`{name}` has the task {task!r}, which the model does not have. Its tasks: {known}.")
+            if not isinstance(dataset, Dataset):
+                raise ValueError(f"`{name}[{task!r}]` is a {type(dataset).__name__}; it must be a `datasets.Dataset`. "
+                                 "For a stream, call `trainer.step(task, batch)`.")  # fmt: skip
+            if len(dataset) == 0:
+                raise ValueError(f"`{name}[{task!r}]` is empty; leave the task out or give it samples.")
+        return datasets
+
+    def _check_objective(self, objective):
+        if callable(objective):
+            return objective
+        if objective not in OBJECTIVES:
+            raise ValueError(f"There is no objective {objective!r}; the objectives are {', '.join(OBJECTIVES)}.")
+        if objective != "feature_l1":
+            for task in self.train_dataset or {}:
+                if self._problem_type(task) == "multi_label_classification":
+                    raise ValueError(
+                        f"The task {task!r} is multi-label; {objective!r} would take its labels for alternatives. Use "
+                        "'feature_l1' or a function of your own."
+                    )
+        elif not self.model.head_layers:
+            raise ValueError("'feature_l1' compares the inputs of the head, and this model has no head.")
+        return OBJECTIVES[objective]
+
+    def _problem_type(self, task):
+        labels = self.model.task_labels(task)
+        regression = not labels.get("problem_type") and len(labels.get("id2label") or "ab") == 1
+        return "regression" if regression else labels.get("problem_type")
+
+    def _make_collator(self, data_collator):
+        if data_collator is not None:
+            return Collator(data_collator, None)
+        forward = self.model.get_base_model().forward
+        columns = {*inspect.signature(forward).parameters, *LABELS} - {"args", "kwargs"}
+        pads = self.processing_class is not None and hasattr(self.processing_class, "pad")
+        collate = DataCollatorWithPadding(self.processing_class) if pads else default_data_collator
+        return Collator(collate, columns)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainOutput:
+        """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time."""
+        if not self.train_dataset:
+            raise ValueError("`train_dataset` is missing; give {task: unlabelled Dataset}.")
+        args, started = self.args, time.perf_counter()
+        set_seed(args.seed)
+        model = self._prepare()
+        batches = {
+            task: _forever(self._loader(task, dataset, shuffle=True)) for task, dataset in self.train_dataset.items()
+        }
+        if args.report_to != "none":
+            scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+            self.accelerator.init_trackers("peft_tint", scalars)
+        best = self._evaluate_state(0, None) if args.load_best_model_at_end else None
+        order = torch.Generator().manual_seed(args.seed)
+        losses, window = [], _Window()
+        bar = self._bar(range(1, args.max_steps + 1), "tinting")
+        for step in bar:
+            tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=order)]
+            for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
+                for task in group:
+                    for _ in range(args.gradient_accumulation_steps):
+                        _, loss, kept = self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
+                        window.add(task, loss, kept)
+                        losses.append(loss)
+                self._update()
+            bar.set_postfix(window.summary())
+            if step % args.logging_steps == 0 or step == args.max_steps:
+                self._log({"step": step, **window.summary(), **window.per_task()})
+                window = _Window()
+            if args.eval_steps and (step % args.eval_steps == 0 or step == args.max_steps):
+                best = self._evaluate_state(step, best)
+        if args.load_best_model_at_end:
+            self._log({"step": step, "best_step": best[0], f"best_{args.metric_for_best_model}": best[1]})
+            parameters = dict(self.model.named_parameters())
+            for name, value in best[2].items():
+                parameters[name].data.copy_(value)
+        self._finish(model)
+        metrics = {"train_runtime": time.perf_counter() - started, "train_loss": float(np.mean(losses))}
+        return TrainOutput(args.max_steps, metrics["train_loss"], metrics)
+
+    def step(self, task: str, batch: dict) -> torch.Tensor:
+        """One update on one batch of a stream. Returns the logits that the model gave before the update."""
+        model = self._prepare() if self._optimizer is None else self._prepared
+        samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
+        with torch.no_grad(), self.model.expert(task):
+            expert = self._forward(self.model, samples)
+        logits, _, _ = self._backward(model, task, {**samples, EXPERT_ROWS: expert.compared[0]}, 1)
+        self._update()
+        return logits
+
+    def _prepare(self):
+        """The model and its optimizer, as Accelerate wants them."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError("Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass "
+                             "`is_trainable=True`.")  # fmt: skip
+        args, lr = self.args, self.args.learning_rate
+        if lr is None:
+            lr = 1e-2 if self.model.tint_layers else 1e-3
+        optimizer = torch.optim.Adam(parameters, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        self.model.eval()
+        self._prepared, self._optimizer = self.accelerator.prepare(self.model, optimizer)
+        self._loss_since_update = 0.0
+        return self._prepared
+
+    def _finish(self, model):
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes Accelerate's autocast off `forward`
+        self._optimizer = self._prepared = None
+        if self.args.report_to != "none":
+            self.accelerator.end_training()
+
+    def _backward(self, model, task, batch, share):
+        """Adds the gradients of one batch; returns its logits, its loss and the fraction of pseudo-labels kept."""
+        self.model.set_task(task)
+        output = self._forward(model, batch)
+        rows, expert_rows = output.compared[0], batch[EXPERT_ROWS]
+        objective = feature_l1 if self._problem_type(task) == "regression" else self.objective
+        loss = objective(rows, expert_rows, None)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"The loss of task {task!r} is {loss.item()}. Check its data for NaN, or lower "
+                                     "`learning_rate`.")  # fmt: skip
+        self.accelerator.backward(loss / share)
+        kept = confident_mask(rows, expert_rows).float().mean().item() if objective is confident_pseudo_label else None
+        self._loss_since_update += self.accelerator.reduce(loss.detach()).item()
+        return output.logits.detach(), loss.item(), kept
+
+    def _update(self):
+        # A loss of exactly zero is one for which no pseudo-label was kept. There is nothing to learn from it, but
+        # Adam would still move by its momentum.
+        if self._loss_since_update > 0:
+            self._optimizer.step()
+            self.model.project_coefficients()
+        # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
+        self._optimizer.zero_grad(set_to_none=True)
+        self._loss_since_update = 0.0
+
+    def _forward(self, model, batch) -> "_Output":
+        mask = batch.get("attention_mask")
+        inputs = {key: value for key, value in batch.items() if key != EXPERT_ROWS and key not in LABELS}
+        features, hooks = [], []
+        if self.objective is feature_l1:
+            head = self.model.head_layers[0]
+            hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
+        try:
+            with self.accelerator.autocast():
+                logits = model(**inputs).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = to_rows(logits, mask)
+        return _Output(logits, rows, to_rows(features[0], mask) if features else rows)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def _loader(self, task, dataset, shuffle):
+        """Batches of a task with the expert's rows: what the objective compares to train, the logits to evaluate."""
+        batch_size = self.args.per_device_train_batch_size if shuffle else self.args.per_device_eval_batch_size
+        loader = DataLoader(
+            WithExpertRows(dataset, self._expert_rows(task, dataset, logits=not shuffle)),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            generator=torch.Generator().manual_seed(self.args.seed),
+            collate_fn=self._collate,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _expert_rows(self, task, dataset, logits):
+        @torch.no_grad()
+        def compute(samples):
+            batch = self._collate(samples)
+            output = self._forward(self.model, {k: v.to(self.accelerator.device) for k, v in batch.items()})
+            rows, counts = output.rows if logits else output.compared
+            return rows.split(counts)
+
+        kind = "features" if self.objective is feature_l1 and not logits else "logits"
+        memo = (task, kind, dataset._fingerprint)
+        if memo not in self._cached:  # `datasets` caches on disk only what came from disk
+            self.model.eval()
+            key = [self.model.expert_fingerprint(task), kind, self.accelerator.mixed_precision]
+            key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
+            with self.model.expert(task), self.accelerator.main_process_first():
+                size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
+                self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description)
+        return self._cached[memo]
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: dict[str, Dataset] | None = None) -> dict[str, dict[str, float]]:
+        """Metrics of each task, and their means as the entry "mean".
+
+        `agreement` is how often the merged model predicts the expert's class; it needs no labels. With labels, each
+        metric is given for the merged model, for the expert (`expert_...`), and as their ratio (`normalized_...`).
+        """
+        datasets = self._check_datasets("eval_dataset", eval_dataset) or self.eval_dataset
+        if not datasets:
+            raise ValueError("`eval_dataset` is missing; give {task: Dataset}.")
+        before, results = self.model.task, {}
+        self.model.eval()
+        for task, dataset in self._bar(datasets.items(), "evaluating", leave=False):
+            results[task] = self._metrics(task, *self._predict(task, dataset))
+        self.model.set_task(before)
+        names = dict.fromkeys(name for metrics in results.values() for name in metrics)
+        return {**results, "mean": {n: float(np.mean([m[n] for m in results.values() if n in m])) for n in names}}
+
+    def _predict(self, task, dataset):
+        """Rows of the merged model and of the expert, and the labels of the rows (None without labels)."""
+        loader = self._loader(task, dataset, shuffle=False)
+        self.model.set_task(task)
+        gathered = []
+        for batch in loader:
+            label = next((batch[key] for key in LABELS if key in batch), None)
+            rows = self._forward(self.model, batch).rows[0]
+            found = [rows, batch[EXPERT_ROWS]]
+            if label is not None:
+                label_rows = label[..., None] if label.ndim < rows.ndim or label.shape[-1] != rows.shape[-1] else label
+                found.append(to_rows(label_rows, batch.get("attention_mask"))[0].squeeze(-1))
+            gathered.append([value.float().cpu() for value in self.accelerator.gather_for_metrics(found)])
+        columns = [torch.cat(column).numpy() for column in zip(*gathered, strict=True)]
+        return columns if len(columns) == 3 else [*columns, None]
+
+    def _metrics(self, task, rows, expert_rows, labels):
+        metrics = {}
+        problem = self._problem_type(task)
+        if problem not in ("regression", "multi_label_classification"):
+            metrics["agreement"] = float((rows.argmax(-1) == expert_rows.argmax(-1)).mean())
+        if labels is None:
+            return metrics
+        compute = self.compute_metrics
+        if isinstance(compute, dict):
+            compute = compute.get(task)
+        if compute is not None:
+            ours, experts = (compute(EvalPrediction(values, labels)) for values in (rows, expert_rows))
+            for name, value in ours.items():
+                normalized = value / experts[name] if experts[name] else float("nan")
+                metrics |= {name: value, f"expert_{name}": experts[name], f"normalized_{name}": normalized}
+        elif metrics:
+            metrics |= NormalizedAccuracy(keep_in_memory=True).compute(
+                predictions=rows.argmax(-1), references=labels.astype("int64"), expert_predictions=expert_rows.argmax(-1)
+            )
+        return metrics
+
+    def _evaluate_state(self, step, best):
+        """Evaluates and logs the present state; returns (step, metric, state) of the better of it and `best`."""
+        if not self.eval_dataset:
+            raise ValueError("`eval_steps` is set but `eval_dataset` is missing; give {task: Dataset}.")
+        results = self.evaluate()
+        self._log({"step": step, **{f"eval_{task}_{k}": v for task, m in results.items() for k, v in m.items()}})
+        name = self.args.metric_for_best_model
+        if name not in results["mean"]:
+            raise ValueError(f"`metric_for_best_model` is {name!r}; there are {', '.join(results['mean'])}.")
+        value = results["mean"][name]
+        if best is not None and (value <= best[1] if self.args.greater_is_better else value >= best[1]):
+            return best
+        state = {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        return step, value, state
+
+    # ---- beside ------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Saves the adapter, and the `processing_class` beside it, to `output_dir` (default: that of the arguments)."""
+        output_dir = output_dir or self.args.output_dir
+        self.model.save_pretrained(output_dir, is_main_process=self.accelerator.is_main_process)
+        if self.processing_class is not None and self.accelerator.is_main_process:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _bar(self, items, description, leave=True):
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        return tqdm(items, desc=description, disable=hidden, leave=leave)
+
+    def _log(self, logs):
+        self.log_history.append(logs)
+        self.accelerator.log({k: v for k, v in logs.items() if k != "step"}, step=logs["step"])
+        for callback in self.callbacks:
+            callback(self, logs)
+
+
+class _Output(NamedTuple):
+    """Of one forward: the logits, and as (rows, rows of each sample) the logits and what the objective compares."""
+
+    logits: torch.Tensor
+    rows: tuple[torch.Tensor, list[int]]
+    compared: tuple[torch.Tensor, list[int]]
+
+
+class _Window:
+    """Losses and fractions of pseudo-labels kept since the last entry of the log."""
+
+    def __init__(self):
+        self.losses, self.kept = {}, {}
+
+    def add(self, task, loss, kept):
+        self.losses.setdefault(task, []).append(loss)
+        if kept is not None:
+            self.kept.setdefault(task, []).append(kept)
+
+    def summary(self):
+        means = {"loss": self.losses, "kept": self.kept}
+        return {name: float(np.mean(sum(values.values(), []))) for name, values in means.items() if values}
+
+    def per_task(self):
+        means = {"loss": self.losses, "kept": self.kept}
+        return {f"{name}_{task}": float(np.mean(v)) for name, values in means.items() for task, v in values.items()}
+
+
+def _forever(loader):
+    while True:
+        yield from loader
