@@ -95,7 +95,9 @@ def _load_transformers_model(task, location, where, base):
     return Expert(task, model.state_dict(), model, model.config)
 
 
-def check_expert(expert: Expert, base_tensors: dict[str, torch.Tensor], per_task: set[str], fixed: set[str], base_config) -> None:
+def check_expert(
+    expert: Expert, base_tensors: dict[str, torch.Tensor], per_task: set[str], fixed: set[str], base_config
+) -> None:
     """Accounts for every tensor of an expert; raises ValueError, naming expert and tensor, at the first that is off.
 
     `base_tensors` are the base's parameters and persistent buffers by name, tied ones under each of their names.
@@ -110,13 +112,17 @@ def check_expert(expert: Expert, base_tensors: dict[str, torch.Tensor], per_task
     if missing:
         raise ValueError(f"Expert {task!r} has no {_listing(missing)}, which the base model has. Is it another model?")
     if extra:
-        raise ValueError(f"Expert {task!r} has {_listing(extra)}, which the base model has not. Load the base as the "
-                         "class of the expert (for instance AutoModelForSequenceClassification).")  # fmt: skip
+        raise ValueError(
+            f"Expert {task!r} has {_listing(extra)}, which the base model has not. Load the base as the "
+            "class of the expert (for instance AutoModelForSequenceClassification)."
+        )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"Expert {task!r}: {name!r} has {count} NaN or Inf of {tensor.numel()} values. The "
-                             "checkpoint is broken; fine-tune or download it again.")  # fmt: skip
+            raise ValueError(
+                f"Expert {task!r}: {name!r} has {count} NaN or Inf of {tensor.numel()} values. The "
+                "checkpoint is broken; fine-tune or download it again."
+            )
         if name not in per_task and tensor.shape != base_tensors[name].shape:
             raise ValueError(
                 f"Expert {task!r}: {name!r} has shape {tuple(tensor.shape)}, in the base model it has "
@@ -124,17 +130,23 @@ def check_expert(expert: Expert, base_tensors: dict[str, torch.Tensor], per_task
                 "differs by task (a head) must be named in `tint_layer`."
             )
         if name in fixed and tensor.is_floating_point() and not torch.equal(tensor, base_tensors[name].to(tensor)):
-            raise ValueError(f"Expert {task!r}: {name!r} differs from the base model's, but buffers (running statistics) "
-                             "and parameters of the model itself cannot be merged. Freeze it in fine-tuning.")  # fmt: skip
-        if not tensor.is_floating_point() and not name in fixed:
-            raise ValueError(f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
-                             "Load base and experts unquantised.")  # fmt: skip
+            raise ValueError(
+                f"Expert {task!r}: {name!r} differs from the base model's, but buffers (running statistics) "
+                "and parameters of the model itself cannot be merged. Freeze it in fine-tuning."
+            )
+        if not tensor.is_floating_point() and name not in fixed:
+            raise ValueError(
+                f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
+                "Load base and experts unquantised."
+            )
     if expert.config is not None and base_config is not None:
         for key in FORWARD_SETTINGS:
             ours, theirs = getattr(base_config, key, None), getattr(expert.config, key, None)
             if ours != theirs:
-                raise ValueError(f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
-                                 "Use the base model that the expert was fine-tuned from.")  # fmt: skip
+                raise ValueError(
+                    f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
+                    "Use the base model that the expert was fine-tuned from."
+                )
     shared = [n for n, t in tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
     cosine = _cosine([tensors[name] for name in shared], [base_tensors[name] for name in shared])
     if cosine < UNRELATED_COSINE:

@@ -24,7 +24,7 @@ LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 class Plan:
     """Keys are module names as they were before any adapter."""
 
-    task_vectors: dict[str, dict[str, torch.Tensor]]  # module -> parameter -> (tasks, *shape)
+    task_vectors: dict[str, dict[str, torch.Tensor]]  # module -> parameter -> (tasks, *shape), where an expert differs
     tied: dict[str, dict[str, tuple[str, str]]]  # module -> parameter -> the (module, parameter) that merges it
     trainable: dict[str, bool]  # module with a copy per task -> is it (part of) the tint layer
     task_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the copy to train
@@ -39,8 +39,10 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     trainable = _per_task_modules(config, model, modules)
     targets, tied = _merged_parameters(config, modules, trainable)
     if config.target_modules is not None and not targets:
-        raise ValueError(f"Target modules {config.target_modules} not found in the base model. "
-                         "Please check the target modules and try again.")  # fmt: skip
+        raise ValueError(
+            f"Target modules {config.target_modules} not found in the base model. "
+            "Please check the target modules and try again."
+        )
     task_vectors = {}
     for name, parameters in targets.items():
         owned = {leaf: p for leaf, p in parameters.items() if leaf not in tied.get(name, {})}
@@ -65,10 +67,28 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             expert_modules[name][task] = _expert_module(expert, name, modules[name])
         labels[task] = _labels(expert, model, [expert_modules[name][task] for name in trainable])
 
+    # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
+    task_vectors = {
+        module: {leaf: stack for leaf, stack in stacks.items() if stack.any()}
+        for module, stacks in task_vectors.items()
+    }
+    tied = {
+        module: kept
+        for module, ties in tied.items()
+        if (kept := {leaf: (owner, there) for leaf, (owner, there) in ties.items() if there in task_vectors[owner]})
+    }
+    task_vectors = {module: stacks for module, stacks in task_vectors.items() if stacks or module in tied}
+
     task_modules = {
         name: _initial_modules(config, name, modules[name], copies, train)
         for (name, train), copies in zip(trainable.items(), expert_modules.values(), strict=True)
     }
+    if config.tint_layer is None and not trainable:
+        warnings.warn(
+            f"{type(model).__name__} has no head that belongs to a task, so only coefficients will train (as in "
+            "AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
+            stacklevel=2,
+        )
     return Plan(task_vectors, tied, trainable, task_modules, expert_modules, labels)
 
 
@@ -76,23 +96,21 @@ def _per_task_modules(config, model, modules):
     """{name: is it the tint layer} of the modules with one copy per task: the head always, and the tint layer."""
     head = find_head(model, modules)
     tint = head if config.tint_layer is None else find_layers(config.tint_layer, modules)
-    if config.tint_layer is None and not tint:
-        warnings.warn(
-            f"{type(model).__name__} has no head that belongs to a task, so only coefficients will train (as in "
-            "AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
-            stacklevel=2,
-        )
     units = [name for name, module in modules.items() if isinstance(module, UNITS)]
     for name in tint:
         if not has_parameters(modules[name]):
             raise ValueError(f"`tint_layer` {name!r} has no parameters to train; name a layer that has.")
         if is_under(name, [*tint, *head, *units], strictly=True):
             around = next(other for other in (*tint, *head, *units) if is_under(name, [other], strictly=True))
-            raise ValueError(f"`tint_layer` {name!r} is part of {around!r}, which has one copy per task or reads its "
-                             f"weights directly; name {around!r} instead.")  # fmt: skip
+            raise ValueError(
+                f"`tint_layer` {name!r} is part of {around!r}, which has one copy per task or reads its "
+                f"weights directly; name {around!r} instead."
+            )
         if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
-            raise ValueError(f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; list "
-                             f"the modules in it, such as {name + '.0'!r}.")  # fmt: skip
+            raise ValueError(
+                f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; list "
+                f"the modules in it, such as {name + '.0'!r}."
+            )
     return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
 
 

@@ -75,8 +75,10 @@ def find_layers(wanted: str | list[str], modules: dict[str, nn.Module]) -> list[
             near = difflib.get_close_matches(layer, [name for name in modules if name], n=5, cutoff=0.3)
             raise ValueError(f"`tint_layer` {layer!r} matches no module of the model. Near to it: {', '.join(near)}.")
         if len(matches) > 1:
-            raise ValueError(f"`tint_layer` {layer!r} matches {len(matches)} modules ({', '.join(matches[:4])}, ...). "
-                             "Write out the one you mean, or list those you mean.")  # fmt: skip
+            raise ValueError(
+                f"`tint_layer` {layer!r} matches {len(matches)} modules ({', '.join(matches[:4])}, ...). "
+                "Write out the one you mean, or list those you mean."
+            )
         found += matches
     return found
 

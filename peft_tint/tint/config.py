@@ -117,8 +117,10 @@ class TintConfig(PeftConfig):
             check_task_name(task)
             # None stands for an expert that `from_experts` got in memory
             if isinstance(source, dict) and ("id" not in source or set(source) - set(REFERENCE_KEYS)):
-                raise ValueError(f"`experts[{task!r}]` is {source!r}; a reference has the key 'id' and may have "
-                                 "'revision' and 'subfolder'.")  # fmt: skip
+                raise ValueError(
+                    f"`experts[{task!r}]` is {source!r}; a reference has the key 'id' and may have "
+                    "'revision' and 'subfolder'."
+                )
             if not isinstance(source, str | dict | None):
                 raise ValueError(
                     f"`experts[{task!r}]` is a {type(source).__name__}; a config holds Hub ids and folders. Give "
@@ -129,8 +131,10 @@ class TintConfig(PeftConfig):
         init = self.coefficient_init
         if isinstance(init, dict):
             if set(init) != set(self.experts or ()):
-                raise ValueError(f"`coefficient_init` names the tasks {sorted(init)}, `experts` names "
-                                 f"{sorted(self.experts or ())}; name the same ones.")  # fmt: skip
+                raise ValueError(
+                    f"`coefficient_init` names the tasks {sorted(init)}, `experts` names "
+                    f"{sorted(self.experts or ())}; name the same ones."
+                )
         values = list(init.values()) if isinstance(init, dict) else [init]
         if not all(isinstance(value, int | float) for value in values):
             raise ValueError(f"`coefficient_init` is {init!r}; it must be a number or {{task: number}}.")
@@ -140,8 +144,10 @@ class TintConfig(PeftConfig):
             raise ValueError(f"`coefficient_bounds` is {self.coefficient_bounds!r}; it must be [lowest, highest].")
         low, high = self.coefficient_bounds = tuple(self.coefficient_bounds)
         if not all(low <= value <= high for value in values):
-            raise ValueError(f"`coefficient_init` is {init!r}, outside of `coefficient_bounds` [{low}, {high}]. Widen "
-                             "the bounds (None leaves the coefficients free) or start inside.")  # fmt: skip
+            raise ValueError(
+                f"`coefficient_init` is {init!r}, outside of `coefficient_bounds` [{low}, {high}]. Widen "
+                "the bounds (None leaves the coefficients free) or start inside."
+            )
 
 
 def check_task_name(task: str) -> None:

@@ -39,6 +39,7 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
         self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
         self.merged_adapters = []
+        self._in_forward = None  # the merged tensors while the forward runs
         self._unmerged = {}  # the base weights while the adapter is merged into them
         self._disable_adapters = False
         self._active_adapter = list(active_adapters)
@@ -47,9 +48,9 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         self.units[adapter_name] = units
         if task_vectors:
             self.tint_coefficients[adapter_name] = coefficients
-            self.tint_task_vectors[adapter_name] = BufferDict(
-                {name.replace(".", "/"): stack for name, stack in task_vectors.items()}, persistent=False
-            )
+            self.tint_task_vectors[adapter_name] = BufferDict(persistent=False)
+            for name, stack in task_vectors.items():  # one by one, for BufferDict sorts a dict that it is given
+                self.tint_task_vectors[adapter_name][name.replace(".", "/")] = stack
 
     @property
     def added_adapters(self):
@@ -57,6 +58,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
 
     def merged_tensors(self, adapter_names=None) -> dict[str, torch.Tensor]:
         """The merged value of each parameter that the given adapters (default: the active ones) change."""
+        if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
+            return self._in_forward
         merged = {}
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
             if adapter not in self.tint_coefficients:
@@ -82,8 +85,12 @@ class MergedLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
-        with _shadowed(self.base_layer, self.merged_tensors()):
-            return self.base_layer(*args, **kwargs)
+        self._in_forward = self.merged_tensors()
+        try:
+            with _shadowed(self.base_layer, self._in_forward):
+                return self.base_layer(*args, **kwargs)
+        finally:
+            self._in_forward = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the merged weights into the base layer; `unmerge` restores the very tensors it had."""
@@ -157,16 +164,18 @@ class MergedLayer(nn.Module, BaseTunerLayer):
 
 @contextmanager
 def _shadowed(module, tensors):
-    """Makes `module.<name>` resolve to another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
+    """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
     replaced = []
     try:
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
             attributes = module.get_submodule(owner).__dict__
-            assert leaf not in attributes, f"{name} is already shadowed"
+            replaced.append((attributes, leaf, attributes.get(leaf)))  # FSDP keeps its own tensor there
             attributes[leaf] = tensor
-            replaced.append((attributes, leaf))
         yield
     finally:
-        for attributes, leaf in replaced:
-            del attributes[leaf]
+        for attributes, leaf, before in replaced:
+            if before is None:
+                del attributes[leaf]
+            else:
+                attributes[leaf] = before

@@ -45,7 +45,7 @@ class TintModel(BaseTuner):
 
     prefix = "tint_"
     tuner_layer_cls = MergedLayer
-    target_module_mapping = {}
+    target_module_mapping = {}  # noqa: RUF012, PEFT's own declaration
 
     # ---- use ---------------------------------------------------------------------------------------------------------
 
@@ -84,12 +84,15 @@ class TintModel(BaseTuner):
         return [self.model._modules[name] for name in find_head(self.model, dict(plain_modules(self.model)))]
 
     def coefficients(self) -> Coefficients:
-        """A copy of the coefficients. A unit is a tensor, a module, a block or the whole model (`granularity`)."""
+        """A copy of the coefficients. A unit is a tensor, a module, a block or the whole model (`granularity`).
+
+        Tensors that no expert changed have none."""
         rows = {}
         for layer in self._merged_layers():
             values = layer.tint_coefficients[self._adapter].detach().float().cpu()
             rows.update(zip(layer.units[self._adapter], values, strict=True))
-        return Coefficients(torch.stack(list(rows.values()), dim=1), self.tasks, list(rows))
+        values = torch.stack(list(rows.values()), dim=1) if rows else torch.empty(len(self.tasks), 0)
+        return Coefficients(values, self.tasks, list(rows))
 
     def set_coefficients(self, values: float | dict[str, float] | torch.Tensor) -> None:
         """Sets the coefficients to one number, to one number per task, or to a tensor like `coefficients().values`."""
@@ -138,7 +141,9 @@ class TintModel(BaseTuner):
         """A hash of all that decides what the expert of `task` computes: its weights, class and config."""
         with self.expert(task):
             tensors = [tensor for layer in self._merged_layers() for tensor in layer.merged_tensors().values()]
-            tensors += [p for layer in self._per_task_layers() for p in layer.expert_modules[self._adapter].parameters()]
+            tensors += [
+                p for layer in self._per_task_layers() for p in layer.expert_modules[self._adapter].parameters()
+            ]
             parts = [tensor.detach().cpu().float().numpy().tobytes() for tensor in tensors]
             config = self.model.config.to_json_string() if hasattr(self.model, "config") else ""
         return Hasher.hash_bytes([*parts, type(self.model).__name__.encode(), config.encode()])
@@ -165,7 +170,7 @@ class TintModel(BaseTuner):
             layer.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.base_layer)
-        self._backbone_merged = True
+        self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
     @property
     def _adapter(self) -> str:
@@ -177,9 +182,11 @@ class TintModel(BaseTuner):
 
     def _merged_layers(self) -> list[MergedLayer]:
         """The layers that have coefficients of the active adapter, in the model's order."""
-        if self._backbone_merged:
-            raise ValueError("`merge_backbone` has baked the coefficients into the weights and freed the task vectors; "
-                             "load the model again from its experts to have them.")  # fmt: skip
+        if vars(self._active_config).get("backbone_merged"):
+            raise ValueError(
+                "`merge_backbone` has baked the coefficients into the weights and freed the task vectors; "
+                "load the model again from its experts to have them."
+            )
         layers = [module for module in self.model.modules() if isinstance(module, MergedLayer)]
         return [layer for layer in layers if self._adapter in layer.tint_coefficients]
 
@@ -193,7 +200,6 @@ class TintModel(BaseTuner):
         self._task: dict[str, str] = {}  # adapter -> current task
         self._labels: dict[str, dict[str, dict]] = {}  # adapter -> task -> label fields of the config
         self._base_labels = labels_of(getattr(model, "config", None))
-        self._backbone_merged = False
 
     def _prepare_adapter_config(self, config, model_config):
         return config  # `target_modules=None` is a rule of ours, not a gap to fill
@@ -249,15 +255,21 @@ class TintModel(BaseTuner):
             else:
                 layer = TintLayer(target, adapter_name, *modules)
                 layer.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
-                setattr(parent, target_name, layer)
+                self._replace_module(parent, target_name, layer, target)
             return
         if not isinstance(target, MergedLayer):
             target = self._layers[name] = MergedLayer(target, self.active_adapters)
-            # a parent that is wrapped itself hands attributes on, but holds its children in the wrapped module
-            setattr(parent.base_layer if isinstance(parent, MergedLayer) else parent, target_name, target)
+            self._replace_module(parent, target_name, target, target.base_layer)
         units, coefficients = self._make_coefficients(config, name)
         coefficients.requires_grad_(active and not config.inference_mode)
         target.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        # a parent that is wrapped itself hands attributes on, but holds its children in the wrapped module
+        setattr(parent.base_layer if isinstance(parent, MergedLayer) else parent, child_name, new_module)
+
+    def _check_merge_allowed(self):
+        pass  # PEFT warns of tied weights, which are merged once here, for all their users
 
     def _make_coefficients(self, config, module):
         """The units of a layer and their coefficients (units, tasks), which layers of one unit share."""
@@ -284,9 +296,11 @@ class TintModel(BaseTuner):
                 "These experts were held in memory, so a saved adapter could not say where they are. Save each with "
                 "`save_pretrained` and give the folders to TintConfig, or save `merge_and_unload(task=...)`."
             )
-        if not any(isinstance(module, MergedLayer) for module in model.modules()):
-            raise ValueError("`merge_backbone` has baked the coefficients into the weights, so there are none to save. "
-                             "Save the adapter before it, or save `merge_and_unload(task=...)`.")  # fmt: skip
+        if vars(config).get("backbone_merged"):
+            raise ValueError(
+                "`merge_backbone` has baked the coefficients into the weights, so there are none to save. "
+                "Save the adapter before it, or save `merge_and_unload(task=...)`."
+            )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
 

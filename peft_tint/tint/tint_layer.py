@@ -6,11 +6,11 @@ from torch import nn
 
 
 class TaskModules(nn.Module):
-    """One module per task, of which the one of the current task runs. Other attributes are read from that module."""
+    """One module per task, of which the current task's runs. Other attributes are read from that one."""
 
     def __init__(self, modules: dict[str, nn.Module]):
         super().__init__()
-        # The suffix keeps a task from colliding with an attribute of ModuleDict ("pop"), with the name of an adapter, or
+        # The suffix keeps a task from colliding with an attribute of ModuleDict ("pop"), with an adapter's name, and
         # with the endings ("score", "classifier") by which PEFT looks for heads
         self.copies = nn.ModuleDict({f"{task}_task": module for task, module in modules.items()})
         self.task = next(iter(modules))
@@ -52,6 +52,7 @@ class TintLayer(ModulesToSaveWrapper):
         self.expert_modules[adapter_name] = TaskModules(expert_modules).requires_grad_(False)
         self.trainable[adapter_name] = trainable
         self._adapters.add(adapter_name)
+        self.original_module.requires_grad_(False)
         self._freeze()
 
     @property
@@ -59,7 +60,7 @@ class TintLayer(ModulesToSaveWrapper):
         return self.modules_to_save.keys()
 
     def update(self, adapter_name, **kwargs):
-        """PEFT calls this for each adapter whose `modules_to_save` names this layer; the copies come by `add_adapter`."""
+        """PEFT calls this for an adapter whose `modules_to_save` names this layer; its copies come by `add_adapter`."""
 
     def set_task(self, adapter_name, task):
         self.modules_to_save[adapter_name].task = self.expert_modules[adapter_name].task = task

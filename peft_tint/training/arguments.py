@@ -30,7 +30,9 @@ class TintTrainingArguments:
     bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast."})
     fp16: bool = field(default=False, metadata={"help": "float16 autocast (GPU only)."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between entries of the log."})
-    eval_steps: int | None = field(default=None, metadata={"help": "Steps between evaluations; None: none in training."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between evaluations; None: none in training."}
+    )
     load_best_model_at_end: bool = field(
         default=False, metadata={"help": "Go back to the best evaluated state, the start included."}
     )

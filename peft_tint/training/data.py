@@ -1,6 +1,6 @@
 """Batches with the experts' outputs beside them, computed once and cached with the dataset.
 
-An output is kept as rows, a tensor (rows, classes): one row a sample, or one a token that is no padding, or one a pixel.
+An output is kept as rows, a tensor (rows, classes): one row a sample, one a token that is no padding, or one a pixel.
 """
 
 import torch

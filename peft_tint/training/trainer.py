@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ class TintTrainer:
             (rows, classes). Regression tasks take the mean absolute difference to the expert whatever it says.
         data_collator: makes a batch of a list of samples; default: padding by `processing_class`, else stacking.
         processing_class: a tokenizer, image processor or other, saved with the model.
-        compute_metrics: `EvalPrediction -> {name: number}` for all tasks, or {task: such a function}. Default: accuracy.
+        compute_metrics: `EvalPrediction -> {name: number}`, or {task: such a function}. Default: accuracy.
         callbacks: functions `(trainer, logs)`, called with each entry of the log.
 
     Raises ValueError for a task that the model does not have, an empty dataset, and an unknown objective.
@@ -78,8 +79,10 @@ class TintTrainer:
                 known = ", ".join(map(repr, self.model.tasks))
                 raise ValueError(f"`{name}` has the task {task!r}, which the model does not have. Its tasks: {known}.")
             if not isinstance(dataset, Dataset):
-                raise ValueError(f"`{name}[{task!r}]` is a {type(dataset).__name__}; it must be a `datasets.Dataset`. "
-                                 "For a stream, call `trainer.step(task, batch)`.")  # fmt: skip
+                raise ValueError(
+                    f"`{name}[{task!r}]` is a {type(dataset).__name__}; it must be a `datasets.Dataset`. "
+                    "For a stream, call `trainer.step(task, batch)`."
+                )
             if len(dataset) == 0:
                 raise ValueError(f"`{name}[{task!r}]` is empty; leave the task out or give it samples.")
         return datasets
@@ -138,7 +141,9 @@ class TintTrainer:
             for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
                 for task in group:
                     for _ in range(args.gradient_accumulation_steps):
-                        _, loss, kept = self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
+                        _, loss, kept = self._backward(
+                            model, task, next(batches[task]), args.gradient_accumulation_steps
+                        )
                         window.add(task, loss, kept)
                         losses.append(loss)
                 self._update()
@@ -171,8 +176,9 @@ class TintTrainer:
         """The model and its optimizer, as Accelerate wants them."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not parameters:
-            raise ValueError("Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass "
-                             "`is_trainable=True`.")  # fmt: skip
+            raise ValueError(
+                "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
+            )
         args, lr = self.args, self.args.learning_rate
         if lr is None:
             lr = 1e-2 if self.model.tint_layers else 1e-3
@@ -183,7 +189,10 @@ class TintTrainer:
         return self._prepared
 
     def _finish(self, model):
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes Accelerate's autocast off `forward`
+        # Accelerate has put its autocast, or when unwrapping a method bound to this very model, in place of the class's
+        # `forward`; a copy of the model would go on calling this one
+        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        vars(self.model).pop("forward", None)
         self._optimizer = self._prepared = None
         if self.args.report_to != "none":
             self.accelerator.end_training()
@@ -196,8 +205,9 @@ class TintTrainer:
         objective = feature_l1 if self._problem_type(task) == "regression" else self.objective
         loss = objective(rows, expert_rows, None)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of task {task!r} is {loss.item()}. Check its data for NaN, or lower "
-                                     "`learning_rate`.")  # fmt: skip
+            raise FloatingPointError(
+                f"The loss of task {task!r} is {loss.item()}. Check its data for NaN, or lower `learning_rate`."
+            )
         self.accelerator.backward(loss / share)
         kept = confident_mask(rows, expert_rows).float().mean().item() if objective is confident_pseudo_label else None
         self._loss_since_update += self.accelerator.reduce(loss.detach()).item()
@@ -316,7 +326,9 @@ class TintTrainer:
                 metrics |= {name: value, f"expert_{name}": experts[name], f"normalized_{name}": normalized}
         elif metrics:
             metrics |= NormalizedAccuracy(keep_in_memory=True).compute(
-                predictions=rows.argmax(-1), references=labels.astype("int64"), expert_predictions=expert_rows.argmax(-1)
+                predictions=rows.argmax(-1),
+                references=labels.astype("int64"),
+                expert_predictions=expert_rows.argmax(-1),
             )
         return metrics
 
@@ -376,7 +388,7 @@ class _Window:
 
     def summary(self):
         means = {"loss": self.losses, "kept": self.kept}
-        return {name: float(np.mean(sum(values.values(), []))) for name, values in means.items() if values}
+        return {name: float(np.mean(list(chain(*values.values())))) for name, values in means.items() if values}
 
     def per_task(self):
         means = {"loss": self.losses, "kept": self.kept}

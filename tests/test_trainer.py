@@ -1,0 +1,304 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from models import IDS
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, HfArgumentParser, Trainer, TrainingArguments
+
+import peft_tint
+from peft_tint import OBJECTIVES, TintConfig, TintTrainer, TintTrainingArguments
+
+CLASSES = {"a": 2, "b": 5, "score": 3}
+
+
+def load(folder):
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+def make_data(bert, rows=48, seed=0):
+    """Random sentences labelled by the experts, so that an expert's accuracy is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    data = {}
+    for task, folder in bert[1].items():
+        ids = torch.randint(2, 64, (rows, 6), generator=generator)
+        with torch.no_grad():
+            labels = load(folder)(ids).logits.argmax(-1)
+        data[task] = Dataset.from_dict({"input_ids": ids.tolist(), "label": labels.tolist(), "text": ["-"] * rows})
+    return data
+
+
+@pytest.fixture
+def model(bert):
+    return get_peft_model(load(bert[0]), TintConfig(experts=bert[1], coefficient_init=0.1))
+
+
+@pytest.fixture(scope="module")
+def data(bert):
+    return make_data(bert)
+
+
+def arguments(tmp_path, **settings):
+    defaults = {"max_steps": 10, "per_device_train_batch_size": 16, "disable_tqdm": True}
+    return TintTrainingArguments(output_dir=str(tmp_path), **{**defaults, **settings})
+
+
+def state(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("update", ["sequential", "joint"])
+def test_training_raises_agreement_and_accuracy(bert, model, data, tmp_path, update):
+    """From heads that know nothing, on data of which a part is held out."""
+    for module in model.base_model.tint_layers[0].modules_to_save["default"].copies.values():
+        torch.nn.init.normal_(module.weight, std=0.1)
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=60, update=update), data, make_data(bert, seed=9))
+    before = trainer.evaluate()
+    base_weights = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    result = trainer.train()
+    after = trainer.evaluate()
+    assert result.global_step == 60 and trainer.log_history[-1]["loss"] < trainer.log_history[0]["loss"]
+    assert after["mean"]["agreement"] > before["mean"]["agreement"] + 0.1
+    for task in CLASSES:
+        metrics = after[task]
+        assert metrics["expert_accuracy"] == 1 and metrics["accuracy"] == metrics["agreement"]
+        assert metrics["normalized_accuracy"] == metrics["accuracy"]
+    assert all(torch.equal(p, base_weights[n]) for n, p in model.named_parameters() if n in base_weights)
+    values = model.coefficients().values
+    assert (values >= 0).all() and (values <= 1).all() and (values != 0.1).any()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("update", ["sequential", "joint"])
+def test_every_objective_lowers_its_loss(model, data, tmp_path, objective, update):
+    settings = arguments(tmp_path, max_steps=30, update=update, logging_steps=5)
+    trainer = TintTrainer(model, settings, data, objective=objective)
+    trainer.train()
+    assert trainer.log_history[-1]["loss"] < trainer.log_history[0]["loss"]
+    assert ("kept" in trainer.log_history[0]) == (objective == "confident_pseudo_label")
+
+
+def test_same_seed_same_result_another_seed_another(bert, data, tmp_path):
+    states = []
+    for seed in (1, 1, 2):
+        model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+        TintTrainer(model, arguments(tmp_path, seed=seed), data).train()
+        states.append(state(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_one_step_is_adam_on_the_objective(bert, data, tmp_path):
+    """Joint update with full batches, against the same step written out with plain autograd and Adam."""
+    model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], coefficient_bounds=None)).eval()
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=1, update="joint", per_device_train_batch_size=48), data)
+    trainer.train()
+    plain = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], coefficient_bounds=None)).eval()
+    optimizer = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], 1e-2)
+    for task, dataset in data.items():
+        ids = torch.tensor(dataset["input_ids"])
+        with torch.no_grad():
+            expert_logits = load(bert[1][task])(ids).logits
+        plain.set_task(task)
+        OBJECTIVES["confident_pseudo_label"](plain(input_ids=ids).logits, expert_logits).backward()
+    optimizer.step()
+    trained = state(model)
+    for name, parameter in state(plain).items():
+        # Adam's first step is lr * sign(gradient): compare where the gradient is not rounding noise
+        gradient = dict(plain.named_parameters())[name].grad
+        clear = gradient.abs() > 1e-6
+        torch.testing.assert_close(trained[name][clear], parameter[clear], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_accumulated_batches_are_one_batch(bert, data, tmp_path):
+    states = []
+    for size, accumulate in ((48, 1), (24, 2)):
+        model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+        settings = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": size, "max_steps": 1}
+        TintTrainer(model, arguments(tmp_path, **settings), data, objective="pseudo_label").train()
+        states.append(state(model))
+    for name in states[0]:
+        difference = (states[0][name] - states[1][name]).abs()
+        assert (difference < 1e-4).float().mean() > 0.95, name  # Adam's first step only has signs: noise may flip some
+
+
+def test_other_tasks_tint_layers_stand_still(model, data, tmp_path):
+    """Neither a zero gradient nor momentum moves the head of a task that is not the one being updated."""
+    settings = arguments(tmp_path, max_steps=3)
+    trainer = TintTrainer(model, settings, {task: data[task] for task in ("a", "b")})
+    trainer.train()
+    before = state(model)
+    for _ in range(2):
+        trainer.step("a", {"input_ids": IDS["input_ids"]})
+    trainer.step("b", {"input_ids": IDS["input_ids"]})
+    between = state(model)
+    optimizer_state = {n: str(trainer._optimizer.state[p]) for n, p in model.named_parameters() if "b_task" in n}
+    trainer.step("a", {"input_ids": IDS["input_ids"]})
+    after = state(model)
+    for name in after:
+        if "score_task" in name and ".modules_to_save" in name:
+            assert torch.equal(before[name], after[name])
+        if "b_task" in name and ".modules_to_save" in name:
+            assert torch.equal(between[name], after[name])
+    assert optimizer_state == {
+        n: str(trainer._optimizer.state[p]) for n, p in model.named_parameters() if "b_task" in n
+    }
+
+
+def test_nothing_kept_is_no_update(bert, tmp_path):
+    """An expert less sure than the merged model, and of another class everywhere: zero loss, and nothing moves."""
+    model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+    trainer = TintTrainer(model, arguments(tmp_path))
+    trainer.step("b", IDS)  # so that Adam has momentum
+    head = model.base_model.head_layers[0]
+    with torch.no_grad():
+        for modules, bias in ((head.modules_to_save, [50.0, 0, 0, 0, 0]), (head.expert_modules, [0, 0.1, 0, 0, 0])):
+            modules["default"]["b"].weight.zero_()
+            modules["default"]["b"].bias.copy_(torch.tensor(bias))
+    before = state(model)
+    trainer.step("b", IDS)
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_step_returns_the_logits_before_the_update(model, tmp_path):
+    trainer = TintTrainer(model, arguments(tmp_path))
+    model.eval().set_task("b")
+    with torch.no_grad():
+        expected = model(**IDS).logits
+    before = state(model)
+    assert torch.equal(trainer.step("b", {**IDS, "labels": torch.tensor([0, 1])}), expected)
+    assert any(not torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_labels_of_the_training_data_are_not_used(bert, data, tmp_path):
+    states = []
+    for dataset in (data, {task: d.remove_columns("label") for task, d in data.items()}):
+        model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+        TintTrainer(model, arguments(tmp_path), dataset).train()
+        states.append(state(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_expert_logits_are_computed_once_and_cached_on_disk(bert, data, tmp_path, monkeypatch):
+    saved = {}
+    for task, dataset in data.items():
+        dataset.save_to_disk(tmp_path / task)
+        saved[task] = load_from_disk(tmp_path / task)
+    calls = []
+    from peft_tint.tint.merged_layer import MergedLayer
+
+    forward = MergedLayer.forward
+    monkeypatch.setattr(
+        MergedLayer, "forward", lambda self, *a, **k: (calls.append(self.expert is not None), forward(self, *a, **k))[1]
+    )
+    for expected in (True, False):
+        calls.clear()
+        model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+        trainer = TintTrainer(model, arguments(tmp_path / "out"), saved)
+        trainer.train()
+        assert any(calls) == expected
+        first_update = calls.index(False)
+        assert not any(calls[first_update:])
+    # another expert is not answered from the cache
+    calls.clear()
+    model = peft_tint.from_experts(load(bert[0]), {"b": load(bert[0])}, tint_layer=[])
+    TintTrainer(model, arguments(tmp_path / "out"), {"b": saved["b"]}).train()
+    assert any(calls)
+
+
+def test_best_state_is_restored(bert, data, tmp_path):
+    """With a learning rate that destroys the model, the start is the best state, and it comes back."""
+    model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+    before = state(model)
+    settings = arguments(tmp_path, learning_rate=5.0, eval_steps=5, load_best_model_at_end=True)
+    worse = lambda logits, expert_logits, mask: (logits.softmax(-1) * expert_logits.softmax(-1)).sum()  # noqa: E731
+    trainer = TintTrainer(model, settings, data, data, objective=worse)
+    trainer.train()
+    assert trainer.log_history[-1]["best_step"] == 0
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_bf16_trains_float32_parameters_and_leaves_no_autocast(model, data, tmp_path):
+    TintTrainer(model, arguments(tmp_path, bf16=True), data).train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(**IDS).logits.dtype == torch.float32
+    again = copy.deepcopy(model)
+    again.set_coefficients(0.0)
+    assert not torch.equal(again(**IDS).logits, model(**IDS).logits)
+
+
+def test_regression_task_learns_the_experts_output(bert, tmp_path):
+    experts = {task: load(bert[1][task]) for task in ("a", "b")}
+    config = experts["b"].config
+    config.num_labels = 1
+    score = type(experts["b"])(config).eval()
+    score.load_state_dict({k: v for k, v in experts["b"].state_dict().items() if "classifier" not in k}, strict=False)
+    model = peft_tint.from_experts(load(bert[0]), {"a": experts["a"], "score": score}, coefficient_init=0.1)
+    data = {"score": make_data(bert)["b"].remove_columns("label")}
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=60), data, data)
+    trainer.train()
+    assert trainer.log_history[-1]["loss"] < 0.5 * trainer.log_history[0]["loss"]
+    assert "agreement" not in trainer.evaluate()["score"]
+
+
+def test_custom_metrics(model, data, tmp_path):
+    def wrong(prediction):
+        return {"error": float((prediction.predictions.argmax(-1) != prediction.label_ids).mean()) + 1}
+
+    results = TintTrainer(model, arguments(tmp_path), eval_dataset=data, compute_metrics={"a": wrong}).evaluate()
+    assert results["a"]["expert_error"] == 1 and results["a"]["normalized_error"] == results["a"]["error"]
+    assert "accuracy" in results["b"] and "error" not in results["b"]
+
+
+def test_evaluation_without_labels_is_agreement(model, data, tmp_path):
+    unlabelled = {task: dataset.remove_columns("label") for task, dataset in data.items()}
+    results = TintTrainer(model, arguments(tmp_path), eval_dataset=unlabelled).evaluate()
+    assert set(results) == {*CLASSES, "mean"} and set(results["a"]) == {"agreement"}
+
+
+def test_callbacks_trackers_and_bar(model, data, tmp_path, capsys):
+    seen = []
+    settings = arguments(tmp_path, report_to="tensorboard", logging_steps=5, disable_tqdm=False, eval_steps=5)
+    trainer = TintTrainer(model, settings, data, data, callbacks=[lambda trainer, logs: seen.append(logs)])
+    trainer.train()
+    assert seen == trainer.log_history and {"loss_a", "kept_a"} <= set(seen[0])
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    error = capsys.readouterr().err
+    assert "tinting: 100%" in error and "loss=" in error and "kept=" in error
+
+
+def test_save_model(model, data, tmp_path):
+    TintTrainer(model, arguments(tmp_path), data).save_model()
+    assert (tmp_path / "adapter_model.safetensors").exists() and (tmp_path / "adapter_config.json").exists()
+
+
+def test_arguments_are_command_line_flags():
+    parser = HfArgumentParser(TintTrainingArguments)
+    (parsed,) = parser.parse_args_into_dataclasses(["--max_steps", "7", "--bf16", "--learning_rate", "0.1"])
+    assert parsed.max_steps == 7 and parsed.bf16 and parsed.learning_rate == 0.1
+    assert all(field.metadata.get("help") for field in dataclasses.fields(TintTrainingArguments))
+    assert all(
+        field.metadata.get("help")
+        for field in dataclasses.fields(TintConfig)
+        if field.name in TintConfig.__annotations__
+    )
+
+
+def test_transformers_trainer_works_too(model, data, tmp_path):
+    model.set_task("a")
+    before = state(model)
+    settings = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=0.01
+    )
+    Trainer(model, settings, train_dataset=data["a"].remove_columns("text")).train()
+    assert any(not torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_transforms_and_missing_columns(bert, model, data, tmp_path):
+    """A dataset whose inputs are made on access, as images usually are."""
+    shifted = {task: d.with_transform(lambda batch: {"input_ids": batch["input_ids"]}) for task, d in data.items()}
+    trainer = TintTrainer(model, arguments(tmp_path), shifted)
+    trainer.train()
+    assert trainer.log_history
