@@ -161,12 +161,9 @@ def probe(model, data):
         model(pixel_values=batch["pixel_values"])
         labels.append(batch["labels"])
     hook.remove()
-    x = torch.cat(features)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    fit = LogisticRegression(C=0.01, max_iter=300).fit(((x - mean) / std).numpy(), torch.cat(labels).numpy())
-    weight = torch.from_numpy(fit.coef_).float() / std
-    model.classifier.weight.copy_(weight)
-    model.classifier.bias.copy_(torch.from_numpy(fit.intercept_).float() - weight @ mean)
+    fit = LogisticRegression(max_iter=1000).fit(torch.cat(features).numpy(), torch.cat(labels).numpy())
+    model.classifier.weight.copy_(torch.from_numpy(fit.coef_))
+    model.classifier.bias.copy_(torch.from_numpy(fit.intercept_))
 
 
 def report(args, results):

@@ -4,6 +4,7 @@ import os
 import re
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .tint import Coefficients
@@ -37,8 +38,7 @@ def plot_accuracy(scores: dict[str, dict[str, float]], path: str | os.PathLike) 
     figure = Figure(figsize=(max(6, 1.5 + 1.6 * len(tasks)), 4), layout="constrained")
     axes = figure.subplots()
     width = 0.84 / len(methods)
-    # light to dark, so that the methods differ in print without colours too
-    colors = [f"C{i}" for i in range(len(methods))]
+    colors = colormaps["viridis_r"](np.linspace(0.05, 1, len(methods)))  # light to dark, which a grey print keeps
     for index, method in enumerate(methods):
         left = np.arange(len(tasks)) + (index - (len(methods) - 1) / 2) * width
         axes.bar(left, [scores[method][task] for task in tasks], width * 0.92, label=method, color=colors[index])

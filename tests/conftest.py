@@ -24,12 +24,12 @@ def architecture(request):
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory):
-    """A tiny BERT with three experts of 2, 5 and 3 classes, in folders: (base folder, {task: folder})."""
+    """A tiny BERT with three experts, whose order is not the alphabet's, in folders: (base folder, {task: folder})."""
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(1)
     base = ARCHITECTURES["bert"].build()
     base.save_pretrained(folder / "base")
-    experts = make_experts(base, {"a": 2, "b": 5, "score": 3})
+    experts = make_experts(base, {"a": 2, "score": 3, "b": 5})
     for task, expert in experts.items():
         expert.save_pretrained(folder / task)
     return str(folder / "base"), {task: str(folder / task) for task in experts}

@@ -154,7 +154,7 @@ def test_tint_layer_inside_of_a_unit_or_a_head():
 
 
 def test_tint_layer_init_needs_equal_shapes(bert):
-    refused(bert, r"`tint_layer_init` is 'base'.*'b' has shape \(5, 16\).*\(2, 16\)", tint_layer_init="base")
+    refused(bert, r"`tint_layer_init` is 'base'.*'score' has shape \(3, 16\).*\(2, 16\)", tint_layer_init="base")
 
 
 def test_target_modules_that_match_nothing(bert):
@@ -174,6 +174,7 @@ def test_no_experts(bert):
     ({"experts": {"a": {"name": "x"}}}, "has the key 'id'"),
     ({"experts": {"a": {"id": "x", "branch": "y"}}}, "may have 'revision'"),
     ({"experts": {"a": torch.nn.Linear(1, 1)}}, "is a Linear.*from_experts"),
+    ({"experts": {"a": "x"}, "tasks": ["a", "b"]}, "`tasks` is .*name the same ones"),
     ({"granularity": "layer"}, "`granularity` is 'layer'.*'tensor'"),
     ({"tint_layer_init": "zero"}, "`tint_layer_init` is 'zero'.*'expert'"),
     ({"coefficient_init": 2.0}, r"2.0, outside of `coefficient_bounds` \[0.0, 1.0\]"),
@@ -199,13 +200,13 @@ def data(rows=4):
 
 
 def test_unknown_task(model):
-    with pytest.raises(ValueError, match="no task 'c'; the tasks are 'a', 'b', 'score'"):
+    with pytest.raises(ValueError, match="no task 'c'; the tasks are 'a', 'score', 'b'"):
         model.set_task("c")
     with pytest.raises(ValueError, match="no task 'c'"), model.expert("c"):
         pass
     with pytest.raises(ValueError, match="no task 'c'"):
         model.merge_and_unload(task="c")
-    with pytest.raises(ValueError, match=r"`train_dataset` has the task 'c'.*'a', 'b', 'score'"):
+    with pytest.raises(ValueError, match=r"`train_dataset` has the task 'c'.*'a', 'score', 'b'"):
         TintTrainer(model, train_dataset={"c": data()})
 
 

@@ -48,7 +48,7 @@ def logits(model, task):
 
 
 def test_set_task_chooses_head_and_labels(model):
-    assert model.tasks == ["a", "b", "score"] and model.task == "a"
+    assert model.tasks == ["a", "score", "b"] and model.task == "a"
     for task, classes in {"b": 5, "score": 3, "a": 2}.items():
         assert logits(model, task).shape == (2, classes)
         assert model.config.num_labels == classes and model.base_model.model.num_labels == classes
@@ -126,7 +126,7 @@ assert torch.equal(model(input_ids=ids).logits, torch.load({str(tmp_path / "expe
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("task", ["a", "b", "score"])
+@pytest.mark.parametrize("task", ["a", "score", "b"])
 def test_merge_and_unload_is_a_plain_model(model, bert, tmp_path, task):
     perturb(model)
     expected = logits(model, task)
@@ -196,10 +196,10 @@ def test_trainable_parameters_are_counted(model, capsys):
 
 def test_coefficients_are_labelled_and_settable(model):
     values, tasks, units = model.coefficients()
-    assert values.shape == (3, len(units)) and tasks == ["a", "b", "score"]
+    assert values.shape == (3, len(units)) and tasks == ["a", "score", "b"]
     assert (values == 0.3).all() and "bert.encoder.layer.1.output.dense.bias" in units
     model.set_coefficients({"a": 0.1, "b": 0.2, "score": 0.9})
-    assert model.coefficients().values[:, 0].tolist() == pytest.approx([0.1, 0.2, 0.9])
+    assert model.coefficients().values[:, 0].tolist() == pytest.approx([0.1, 0.9, 0.2])
     wanted = torch.rand(3, len(units))
     model.set_coefficients(wanted)
     assert torch.equal(model.coefficients().values, wanted)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, HfArgumentParser, T
 import peft_tint
 from peft_tint import OBJECTIVES, TintConfig, TintTrainer, TintTrainingArguments
 
-CLASSES = {"a": 2, "b": 5, "score": 3}
+CLASSES = {"a": 2, "score": 3, "b": 5}
 
 
 def load(folder):
@@ -203,7 +203,7 @@ def test_expert_logits_are_computed_once_and_cached_on_disk(bert, data, tmp_path
         assert not any(calls[first_update:])
     # another expert is not answered from the cache
     calls.clear()
-    model = peft_tint.from_experts(load(bert[0]), {"b": load(bert[0])}, tint_layer=[])
+    model = peft_tint.from_experts(load(bert[0]), {"b": load(bert[1]["score"])})
     TintTrainer(model, arguments(tmp_path / "out"), {"b": saved["b"]}).train()
     assert any(calls)
 

@@ -51,6 +51,9 @@ class TintConfig(PeftConfig):
             With `layers_to_transform`: the name of the list that holds the blocks.
         modules_to_save (`list[str]`, *optional*):
             Further modules to train and save, one copy for all tasks.
+        tasks (`list[str]`, *optional*):
+            The order of the tasks, that of `experts` by default. A saved configuration needs it, since PEFT sorts the
+            keys of its JSON file and the rows of the coefficients have no names.
     """
 
     experts: dict[str, str | dict] | None = field(
@@ -91,6 +94,9 @@ class TintConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and save, one copy for all tasks."}
     )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "The order of the tasks; None: that of experts. Saved files keep it here."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,6 +132,10 @@ class TintConfig(PeftConfig):
                     f"`experts[{task!r}]` is a {type(source).__name__}; a config holds Hub ids and folders. Give "
                     "models or state dicts in memory to `peft_tint.from_experts(base, {task: module})`."
                 )
+        if self.tasks is not None and sorted(self.tasks) != sorted(self.experts):
+            raise ValueError(f"`tasks` is {self.tasks!r}, `experts` names {list(self.experts)}; name the same ones.")
+        self.tasks = list(self.tasks or self.experts)
+        self.experts = {task: self.experts[task] for task in self.tasks}
 
     def _check_coefficients(self):
         init = self.coefficient_init
