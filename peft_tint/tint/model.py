@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from ._plan import is_target, labels_of, make_plan
-from ._structure import find_head, plain_modules, unit_name
+from ._structure import find_head, named_tensors, plain_modules, unit_name
 from .config import TintConfig
 from .merged_layer import MergedLayer
 from .tint_layer import TintLayer
@@ -139,14 +139,16 @@ class TintModel(BaseTuner):
 
     def expert_fingerprint(self, task: str) -> str:
         """A hash of all that decides what the expert of `task` computes: its weights, class and config."""
-        with self.expert(task):
-            tensors = [tensor for layer in self._merged_layers() for tensor in layer.merged_tensors().values()]
-            tensors += [
-                p for layer in self._per_task_layers() for p in layer.expert_modules[self._adapter].parameters()
-            ]
-            parts = [tensor.detach().cpu().float().numpy().tobytes() for tensor in tensors]
+        with self.expert(task):  # for the labels in the config
             config = self.model.config.to_json_string() if hasattr(self.model, "config") else ""
-        return Hasher.hash_bytes([*parts, type(self.model).__name__.encode(), config.encode()])
+        base, _ = named_tensors(dict(plain_modules(self.model)))
+        tensors = list(base.values())
+        for layer in self._merged_layers():
+            tensors += [stack[self.tasks.index(task)] for stack in layer.tint_task_vectors[self._adapter].values()]
+        for layer in self._per_task_layers():
+            tensors += layer.expert_modules[self._adapter][task].parameters()
+        parts = (t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for t in tensors)
+        return Hasher.hash_bytes([f"{type(self.model).__name__} {config}".encode(), *parts])
 
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, task: str | None = None):
         """The merged model of one task (default: the current one), a plain model with that task's head and labels."""
