@@ -6,15 +6,22 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 REFERENCE_KEYS = ("id", "revision", "subfolder")
-# Settings that change what a model computes without changing the shape of any tensor.
-FORWARD_SETTINGS = ("hidden_act", "hidden_activation", "num_attention_heads", "layer_norm_eps", "rms_norm_eps")
-# Two independently trained models have a cosine of about 0, fine-tuning keeps it above 0.9; noise 20 times larger
-# than the weights themselves would be needed to fall below this.
+# Settings, by their names in various models, that change what a model computes but the shape of no tensor.
+FORWARD_SETTINGS = (
+    *("hidden_act", "hidden_activation", "activation", "activation_function", "feed_forward_proj"),
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"),
+    *("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps", "position_embedding_type"),
+    *("rope_theta", "rope_parameters", "rope_scaling", "window_size", "patch_size"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+)
+# The median over matrices of the cosine between expert and base: about 0 for models trained apart, above 0.9 after
+# fine-tuning. The median, since all language models' embeddings have a large mean in common.
 UNRELATED_COSINE = 0.05
 
 
@@ -35,11 +42,21 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
     state dict. Only safetensors are read. Raises ValueError if the source is not an expert of this kind of model.
     """
     if isinstance(source, nn.Module):
+        if hasattr(source, "peft_config"):
+            raise ValueError(f"Expert {task!r} is a model with a PEFT adapter; give `merge_and_unload()` of it.")
         return Expert(task, source.state_dict(), source, getattr(source, "config", None))
-    if isinstance(source, Mapping) and all(isinstance(value, torch.Tensor) for value in source.values()):
+    if isinstance(source, Mapping) and source and all(isinstance(value, torch.Tensor) for value in source.values()):
         return Expert(task, dict(source), None, None)
-    reference = {"id": source} if isinstance(source, str | os.PathLike) else dict(source)
+    reference = {"id": source} if isinstance(source, str | os.PathLike) else source
+    if not isinstance(reference, Mapping) or not isinstance(reference.get("id"), str | os.PathLike):
+        raise ValueError(
+            f"Expert {task!r} is a {type(source).__name__}; give a Hub id, a folder, a module, or a state "
+            "dict of tensors."
+        )
     location = os.fspath(reference["id"])
+    if os.path.isfile(location):
+        _refuse_pickle(task, location)
+        raise ValueError(f"Expert {task!r}: {location!r} is a file; give the folder that it is in.")
     where = {key: value for key, value in reference.items() if key != "id" and value is not None}
     folder = os.path.join(location, where.get("subfolder", ""))
     if os.path.isdir(location):
@@ -48,8 +65,24 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
         file = os.path.join(folder, "model.safetensors")
         if not os.path.isdir(location):
             file = hf_hub_download(location, "model.safetensors", **where)
-        return Expert(task, load_file(file), None, None)
+        return Expert(task, _named(task, file, load_file, file), None, None)
     return _load_transformers_model(task, location, where, base)
+
+
+def _named(task, location, load, *args, **kwargs):
+    """Calls `load`, and names the expert if its file is broken."""
+    try:
+        return load(*args, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"Expert {task!r}: the file in {location!r} is broken ({error}). Save it again.") from error
+
+
+def _refuse_pickle(task, file):
+    if file.endswith((".bin", ".pt", ".pth", ".ckpt")):
+        raise ValueError(
+            f"Expert {task!r} is stored as a pickle ({os.path.basename(file)}), which can run code when it is "
+            "loaded, so it is refused. Save it again with `save_pretrained`, which writes safetensors."
+        )
 
 
 def _check_folder(task, folder):
@@ -62,12 +95,8 @@ def _check_folder(task, folder):
             "`merge_and_unload()` of it, and give that folder."
         )
     if not any(file.endswith(".safetensors") for file in files):
-        pickles = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        if pickles:
-            raise ValueError(
-                f"Expert {task!r} in {folder!r} is stored as a pickle ({pickles[0]}), which can run code when it is "
-                "loaded, so it is refused. Save it again with `save_pretrained`, which writes safetensors."
-            )
+        for file in sorted(files):
+            _refuse_pickle(task, file)
         raise ValueError(f"Expert {task!r}: the folder {folder!r} has no safetensors file (found {sorted(files)}).")
 
 
@@ -79,13 +108,19 @@ def _load_transformers_model(task, location, where, base):
             f"Expert {task!r}: {location!r} is neither a local folder nor a model that can be reached on the Hub. "
             "Check the spelling, the revision, and your access if it is private or you are offline."
         ) from error
-    if settings.get("model_type") != base.config.model_type:
+    if "model_type" not in settings:
         raise ValueError(
-            f"Expert {task!r} from {location!r} is a {settings.get('model_type')!r} model, the base model is "
+            f"Expert {task!r}: {location!r} has no config.json with a `model_type`. Save the expert with "
+            "`save_pretrained`."
+        )
+    if settings["model_type"] != base.config.model_type:
+        raise ValueError(
+            f"Expert {task!r} from {location!r} is a {settings['model_type']!r} model, the base model is "
             f"{base.config.model_type!r}. Experts must be fine-tuned from the base model."
         )
-    model, report = type(base).from_pretrained(
-        location, **where, dtype="auto", use_safetensors=True, output_loading_info=True
+    load = type(base).from_pretrained
+    model, report = _named(
+        task, location, load, location, **where, dtype="auto", use_safetensors=True, output_loading_info=True
     )
     stored_as = settings.get("architectures") or ["its own class"]
     remedy = f"Its class is {stored_as[0]}, the base is loaded as {type(base).__name__}: load the base as that class."
@@ -102,7 +137,7 @@ def check_expert(
 
     `base_tensors` are the base's parameters and persistent buffers by name, tied ones under each of their names.
     Tensors named in `per_task` (the head, the tint layer) may have shapes of their own, those in `fixed` cannot be
-    merged and must have the base's values.
+    merged (buffers) and must have the base's values.
     """
     task, tensors = expert.task, expert.tensors
     present = {id(base_tensors[name]) for name in tensors if name in base_tensors}
@@ -131,10 +166,10 @@ def check_expert(
             )
         if name in fixed and tensor.is_floating_point() and not torch.equal(tensor, base_tensors[name].to(tensor)):
             raise ValueError(
-                f"Expert {task!r}: {name!r} differs from the base model's, but buffers (running statistics) "
-                "and parameters of the model itself cannot be merged. Freeze it in fine-tuning."
+                f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
+                "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
             )
-        if not tensor.is_floating_point() and name not in fixed:
+        if not tensor.is_floating_point() and name not in per_task | fixed:
             raise ValueError(
                 f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
                 "Load base and experts unquantised."
@@ -147,21 +182,19 @@ def check_expert(
                     f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
                     "Use the base model that the expert was fine-tuned from."
                 )
-    shared = [n for n, t in tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
-    cosine = _cosine([tensors[name] for name in shared], [base_tensors[name] for name in shared])
-    if cosine < UNRELATED_COSINE:
+    matrices = [n for n, t in tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
+    cosines = sorted(_cosine(tensors[name], base_tensors[name].detach()) for name in matrices)
+    if cosines and cosines[len(cosines) // 2] < UNRELATED_COSINE:
         raise ValueError(
-            f"Expert {task!r} was not fine-tuned from this base model: the cosine between their weights is "
-            f"{cosine:.3f} (a fine-tuned model has more than 0.9). Use the base model that it came from."
+            f"Expert {task!r} was not fine-tuned from this base model: the median cosine between their matrices is "
+            f"{cosines[len(cosines) // 2]:.3f} (fine-tuning keeps it above 0.9). Use the base model that it came from."
         )
 
 
-def _cosine(xs, ys):
-    dot = norm_x = norm_y = 0.0
-    for x, y in zip(xs, ys, strict=True):
-        x, y = x.flatten().float(), y.detach().to(x.device).flatten().float()
-        dot, norm_x, norm_y = dot + x.dot(y).item(), norm_x + x.dot(x).item(), norm_y + y.dot(y).item()
-    return dot / (norm_x * norm_y) ** 0.5 if norm_x and norm_y else 1.0
+def _cosine(x, y):
+    x, y = x.flatten().float(), y.to(x.device).flatten().float()
+    norms = x.norm() * y.norm()
+    return (x.dot(y) / norms).item() if norms else 1.0
 
 
 def _listing(names):

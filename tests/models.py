@@ -49,6 +49,25 @@ class ConvNet(nn.Module):
         return T.modeling_outputs.ImageClassifierOutput(logits=self.fc(x.mean((2, 3))))
 
 
+class PlainTransformer(nn.Module):
+    """A vision transformer as timm writes it: cls token and positions are parameters of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token, self.positions = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(torch.zeros(1, 17, 16))
+        self.patches = nn.Conv2d(3, 16, 8, stride=8)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, pixel_values):
+        x = self.patches(pixel_values).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = self.block(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return T.modeling_outputs.ImageClassifierOutput(logits=self.fc(x[:, 0]))
+
+
 class Scale(nn.Module):
     def __init__(self, channels):
         super().__init__()
@@ -125,6 +144,7 @@ ARCHITECTURES = {
         ),
         {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 1], [20, 21, 22, 23, 24, 1]])},
     ),
+    "plain_transformer": Architecture(lambda **_: PlainTransformer(), IMAGE, has_head=False),
     "conv_net": Architecture(lambda **_: ConvNet(), IMAGE, has_head=False),
 }
 

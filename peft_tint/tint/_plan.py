@@ -6,6 +6,7 @@ So an expert that does not fit leaves the model as it was.
 import copy
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -13,11 +14,21 @@ from torch import nn
 
 from ..experts import check_expert, load_expert
 from ..task_vectors import compute_task_vector
-from ._structure import find_head, find_layers, has_parameters, is_under, named_tensors, own_parameters, plain_modules
+from ._structure import (
+    find_head,
+    find_layers,
+    has_parameters,
+    is_under,
+    join,
+    named_tensors,
+    own_parameters,
+    plain_modules,
+)
 from .config import TintConfig
 from .merged_layer import UNITS
 
-LABEL_FIELDS = ("id2label", "label2id", "problem_type")
+# Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
+LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 @dataclass
@@ -30,6 +41,7 @@ class Plan:
     task_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the copy to train
     expert_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the expert's own
     labels: dict[str, dict]  # task -> label fields of the config
+    unmerged: dict[str, dict[str, torch.Tensor]]  # task -> parameter that differs but is no target -> the expert's
 
 
 def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
@@ -49,23 +61,27 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
         task_vectors[name] = {leaf: p.new_empty((len(sources), *p.shape)) for leaf, p in owned.items()}
 
     per_task = {name for name in tensors if is_under(name, trainable)}
-    fixed = (buffers | set(own_parameters(model))) - per_task
-    names_of = {}
-    for name, tensor in tensors.items():
-        names_of.setdefault(id(tensor), []).append(name)
     expert_modules = {name: {} for name in trainable}
-    labels = {}
+    labels, unmerged = {}, {}
+    merged = {id(parameter) for parameters in targets.values() for parameter in parameters.values()}
     for index, (task, source) in enumerate(sources.items()):
         expert = load_expert(task, source, model)
-        check_expert(expert, tensors, per_task, fixed, getattr(model, "config", None))
+        check_expert(expert, tensors, per_task, buffers - per_task, getattr(model, "config", None))
+        # by the base's tensor, since a state dict may have a tied one under another of its names
+        of_expert = {id(tensors[name]): value for name, value in expert.tensors.items()}
         for module, stacks in task_vectors.items():
             for leaf, stack in stacks.items():
-                base = tensors[f"{module}.{leaf}"]
-                stored = next(name for name in names_of[id(base)] if name in expert.tensors)
-                stack[index] = compute_task_vector(expert.tensors[stored].to(base.device), base.detach())
+                base = tensors[join(module, leaf)]
+                stack[index] = compute_task_vector(of_expert[id(base)].to(base.device), base.detach())
         for name in trainable:
-            expert_modules[name][task] = _expert_module(expert, name, modules[name])
+            expert_modules[name][task] = _expert_module(expert, name, modules[name], tensors, of_expert)
         labels[task] = _labels(expert, model, [expert_modules[name][task] for name in trainable])
+        unmerged[task] = {
+            name: of_expert[id(tensor)].to(tensor).clone()
+            for name, tensor in tensors.items()
+            if id(tensor) not in merged and name not in per_task | buffers
+            if not torch.equal(of_expert[id(tensor)].to(tensor), tensor)
+        }
 
     # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
     task_vectors = {
@@ -89,7 +105,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             "AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
             stacklevel=2,
         )
-    return Plan(task_vectors, tied, trainable, task_modules, expert_modules, labels)
+    return Plan(task_vectors, tied, trainable, task_modules, expert_modules, labels, unmerged)
 
 
 def _per_task_modules(config, model, modules):
@@ -120,7 +136,7 @@ def _merged_parameters(config, modules, per_task):
     candidates = {
         name: own_parameters(module)
         for name, module in modules.items()
-        if name and not is_under(name, per_task) and not is_under(name, units, strictly=True)
+        if not is_under(name, per_task) and not is_under(name, units, strictly=True)
     }
     chosen = {id(p) for name, own in candidates.items() if is_target(config, name) for p in own.values()}
     targets, tied, owner = {}, {}, {}
@@ -143,7 +159,7 @@ def is_target(config: TintConfig, name: str):
     return check_target_module_exists(config, name)
 
 
-def _expert_module(expert, name, base_module):
+def _expert_module(expert, name, base_module, tensors, of_expert):
     """The expert's own copy of a module, of its own size, on the base's device and in its dtype."""
     reference = next(base_module.parameters())
     if expert.module is not None:
@@ -151,9 +167,12 @@ def _expert_module(expert, name, base_module):
     else:
         module = copy.deepcopy(base_module)
         for path, child in module.named_modules():
-            for leaf, parameter in child.named_parameters(recurse=False):
-                value = expert.tensors[".".join(filter(None, (name, path, leaf)))]
-                setattr(child, leaf, nn.Parameter(value.detach().clone(), parameter.requires_grad))
+            for leaf, value in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
+                full_name = ".".join(filter(None, (name, path, leaf)))
+                if full_name not in tensors:  # a buffer that is not saved
+                    continue
+                theirs = of_expert[id(tensors[full_name])].detach().clone()
+                setattr(child, leaf, nn.Parameter(theirs) if isinstance(value, nn.Parameter) else theirs)
             if isinstance(child, nn.Linear):
                 child.out_features, child.in_features = child.weight.shape
     return module.to(reference.device, reference.dtype).requires_grad_(True)
@@ -200,4 +219,6 @@ def _labels(expert, model, heads):
 
 def labels_of(config) -> dict:
     """The fields of a transformers config that name a task's labels; {} for a model without them."""
-    return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if getattr(config, "id2label", None)}
+    if not getattr(config, "id2label", None):
+        return {}
+    return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if hasattr(config, field)}

@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .merged_layer import UNITS, MergedLayer
+from .merged_layer import UNITS, MergedLayer, RootMergedLayer
 
 # How models that do not keep their backbone under `base_model_prefix` (CLIP, SigLIP) name their head.
 HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
@@ -23,8 +23,13 @@ def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.M
         module = module.original_module
     yield name, module
     for child_name, child in module._modules.items():
-        if child is not None:
-            yield from plain_modules(child, f"{name}.{child_name}" if name else child_name)
+        if child is not None and not isinstance(child, RootMergedLayer):
+            yield from plain_modules(child, join(name, child_name))
+
+
+def join(module: str, leaf: str) -> str:
+    """A tensor's name; the model itself is the module ''."""
+    return f"{module}.{leaf}" if module else leaf
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -40,13 +45,12 @@ def named_tensors(modules: dict[str, nn.Module]) -> tuple[dict[str, torch.Tensor
     """Parameters and persistent buffers under all their names, as in a state dict; and the names of the buffers."""
     tensors, buffers = {}, set()
     for name, module in modules.items():
-        prefix = f"{name}." if name else ""
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            tensors[prefix + leaf] = parameter
+            tensors[join(name, leaf)] = parameter
         for leaf, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if leaf not in module._non_persistent_buffers_set:
-                tensors[prefix + leaf] = buffer
-                buffers.add(prefix + leaf)
+                tensors[join(name, leaf)] = buffer
+                buffers.add(join(name, leaf))
     return tensors, buffers
 
 
@@ -93,5 +97,5 @@ def unit_name(granularity: str, module: str, parameter: str) -> str:
         return "model"
     if granularity == "block":
         block = re.match(r"(.*?\.\d+)(\.|$)", module)
-        return block[1] if block else module.rpartition(".")[0] or module
-    return module if granularity == "module" else f"{module}.{parameter}"
+        return block[1] if block else module.rpartition(".")[0] or module or "(model)"
+    return (module or "(model)") if granularity == "module" else join(module, parameter)

@@ -1,5 +1,7 @@
 """The configuration of TINT."""
 
+import math
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -111,6 +113,9 @@ class TintConfig(PeftConfig):
             raise ValueError("`layers_to_transform` needs `target_modules` as a list of module names.")
         self._check_experts()
         self._check_coefficients()
+        layers = [self.tint_layer] if isinstance(self.tint_layer, str) else self.tint_layer or []
+        if not isinstance(layers, list) or not all(isinstance(name, str) and name for name in layers):
+            raise ValueError(f"`tint_layer` is {self.tint_layer!r}; it must be a module name or a list of them.")
         _check_choice("tint_layer_init", self.tint_layer_init, ("expert", "merged", "base"))
         _check_choice("granularity", self.granularity, ("tensor", "module", "block", "model"))
 
@@ -119,6 +124,7 @@ class TintConfig(PeftConfig):
             return
         if not isinstance(self.experts, dict) or not self.experts:
             raise ValueError(f"`experts` is {self.experts!r}; it must name at least one: {{task: Hub id or folder}}.")
+        self.experts = {t: os.fspath(s) if isinstance(s, os.PathLike) else s for t, s in self.experts.items()}
         for task, source in self.experts.items():
             check_task_name(task)
             # None stands for an expert that `from_experts` got in memory
@@ -146,13 +152,14 @@ class TintConfig(PeftConfig):
                     f"{sorted(self.experts or ())}; name the same ones."
                 )
         values = list(init.values()) if isinstance(init, dict) else [init]
-        if not all(isinstance(value, int | float) for value in values):
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise ValueError(f"`coefficient_init` is {init!r}; it must be a number or {{task: number}}.")
         if self.coefficient_bounds is None:
             return
-        if len(self.coefficient_bounds) != 2 or self.coefficient_bounds[0] >= self.coefficient_bounds[1]:
+        bounds = self.coefficient_bounds
+        if not isinstance(bounds, list | tuple) or len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise ValueError(f"`coefficient_bounds` is {self.coefficient_bounds!r}; it must be [lowest, highest].")
-        low, high = self.coefficient_bounds = tuple(self.coefficient_bounds)
+        low, high = self.coefficient_bounds = tuple(bounds)
         if not all(low <= value <= high for value in values):
             raise ValueError(
                 f"`coefficient_init` is {init!r}, outside of `coefficient_bounds` [{low}, {high}]. Widen "

@@ -141,6 +141,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
             return self._read(name)
 
     def _read(self, name):
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         owned = any(name in vectors for vectors in self.tint_task_vectors.values()) or name in self.tied
         if owned and not self.disable_adapters and not self.merged:
             merged = self.merged_tensors()
@@ -160,6 +162,46 @@ class MergedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self):
         return "tint." + super().__repr__()
+
+
+class RootMergedLayer(MergedLayer):
+    """The parameters that a model holds itself, such as cls tokens of a plain vision transformer.
+
+    The model cannot be wrapped, so hooks put the merged tensors in place. This layer is a child of the model and does
+    not register it, which would be a cycle."""
+
+    def __init__(self, model: nn.Module, active_adapters: list[str]):
+        super().__init__(model, active_adapters)
+        del self._modules["base_layer"]
+        self.__dict__["base_layer"] = model
+        self._shadow = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def _before_forward(self, model, args):
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if not self.disable_adapters and not self.merged:
+            self._in_forward = self.merged_tensors()
+            self._shadow = _shadowed(model, self._in_forward)
+            self._shadow.__enter__()
+
+    def _after_forward(self, model, args, output):
+        if self._shadow is not None:
+            self._shadow.__exit__(None, None, None)
+            self._shadow = self._in_forward = None
+
+    def remove_hooks(self):
+        for hook in self._hooks:
+            hook.remove()
+
+    def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.remove_hooks()
+        return self.base_layer
 
 
 @contextmanager

@@ -7,13 +7,16 @@ import torch
 from datasets.fingerprint import Hasher
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ._plan import is_target, labels_of, make_plan
 from ._structure import find_head, named_tensors, plain_modules, unit_name
 from .config import TintConfig
-from .merged_layer import MergedLayer
+from .merged_layer import MergedLayer, RootMergedLayer
 from .tint_layer import TintLayer
+
+ROOT = "tint_root"  # the name of the layer for the parameters that the model holds itself
 
 
 class Coefficients(NamedTuple):
@@ -44,6 +47,7 @@ class TintModel(BaseTuner):
     """
 
     prefix = "tint_"
+    _in_expert = False  # inside of `expert`
     tuner_layer_cls = MergedLayer
     target_module_mapping = {}  # noqa: RUF012, PEFT's own declaration
 
@@ -64,6 +68,8 @@ class TintModel(BaseTuner):
         Raises ValueError for a task that the model does not have."""
         if task not in self.tasks:
             raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
+        if self._in_expert and task != self.task:
+            raise ValueError("The model is an expert; leave the `expert` context before setting another task.")
         self._task[self._adapter] = task
         for layer in self._per_task_layers():
             layer.set_task(self._adapter, task)
@@ -97,6 +103,8 @@ class TintModel(BaseTuner):
     def set_coefficients(self, values: float | dict[str, float] | torch.Tensor) -> None:
         """Sets the coefficients to one number, to one number per task, or to a tensor like `coefficients().values`."""
         _, tasks, units = self.coefficients()
+        if isinstance(values, dict) and set(values) != set(tasks):
+            raise ValueError(f"`values` names the tasks {sorted(values)}; name {sorted(tasks)}.")
         if isinstance(values, dict):
             values = torch.tensor([values[task] for task in tasks])[:, None]
         rows = dict(zip(units, torch.as_tensor(values).expand(len(tasks), len(units)).t(), strict=True))
@@ -117,24 +125,42 @@ class TintModel(BaseTuner):
         """Within this context the model is the expert of `task`, with the expert's own head and labels.
 
         Its weights are W0 + tau, made as the forward runs, so no second copy is held; they equal the checkpoint's to
-        float rounding. Raises ValueError while coefficients are merged into the weights.
+        float rounding. Parameters that are no target of the merging are the expert's too. Raises ValueError while
+        coefficients are merged into the weights, while the adapter is disabled, and inside another such context.
         """
         merged_layers, task_layers = self._merged_layers(), self._per_task_layers()
+        others = [m for m in self.model.modules() if type(m) is ModulesToSaveWrapper]
         if any(layer.merged for layer in merged_layers):
             raise ValueError("The coefficients are merged into the weights; call `unmerge_adapter()` first.")
-        before = self.task
+        if any(layer.disable_adapters for layer in (*merged_layers, *task_layers)):
+            raise ValueError("The adapter is disabled; leave `disable_adapter()` first.")
+        if self._in_expert:
+            raise ValueError("The model is an expert already; leave that `expert` context first.")
+        before, tensors = self.task, named_tensors(dict(plain_modules(self.model)))[0]
         self.set_task(task)
+        unmerged = self._unmerged[self._adapter][task]
+        replaced = {name: tensors[name].data for name in unmerged}
         try:
+            self._in_expert = True
+            for name, value in unmerged.items():
+                tensors[name].data = value.to(tensors[name].device)
             for layer in merged_layers:
                 layer.expert = (self._adapter, self.tasks.index(task))
             for layer in task_layers:
                 layer.as_expert = True
+            for layer in others:
+                layer._disable_adapters = True
             yield
         finally:
+            for name, value in replaced.items():
+                tensors[name].data = value
             for layer in merged_layers:
                 layer.expert = None
             for layer in task_layers:
                 layer.as_expert = False
+            for layer in others:
+                layer._disable_adapters = False
+            self._in_expert = False
             self.set_task(before)
 
     def expert_fingerprint(self, task: str) -> str:
@@ -147,6 +173,7 @@ class TintModel(BaseTuner):
             tensors += [stack[self.tasks.index(task)] for stack in layer.tint_task_vectors[self._adapter].values()]
         for layer in self._per_task_layers():
             tensors += layer.expert_modules[self._adapter][task].parameters()
+        tensors += self._unmerged[self._adapter][task].values()
         parts = (t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for t in tensors)
         return Hasher.hash_bytes([f"{type(self.model).__name__} {config}".encode(), *parts])
 
@@ -158,6 +185,7 @@ class TintModel(BaseTuner):
 
     def unload(self):
         """The base model, with its own head and labels."""
+        self._check_backbone()
         model = super().unload()
         _set_labels(model, self._base_labels)
         return model
@@ -166,12 +194,22 @@ class TintModel(BaseTuner):
         """Bakes the coefficients into the weights and frees the task vectors; `set_task` goes on working.
 
         The model then takes the memory of the base and the tint layers, and runs as fast as the base."""
-        self._merged_layers()  # raises if it was done before
+        self._check_backbone()
+        if len(self.peft_config) > 1:
+            raise ValueError(
+                f"`merge_backbone` frees all task vectors, and there are {len(self.peft_config)} adapters. "
+                "Delete the others first."
+            )
         named = [(name, module) for name, module in self.model.named_modules() if isinstance(module, MergedLayer)]
+        for _, layer in named:
+            if not all(torch.isfinite(weight).all() for weight in layer.merged_tensors().values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {self._adapter} seems to be broken")
         for name, layer in reversed(named):  # a layer before the one around it
-            layer.merge(safe_merge=True)
+            layer.merge()
             parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.base_layer)
+            self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
+            if isinstance(layer, RootMergedLayer):
+                layer.remove_hooks()
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
     @property
@@ -184,13 +222,16 @@ class TintModel(BaseTuner):
 
     def _merged_layers(self) -> list[MergedLayer]:
         """The layers that have coefficients of the active adapter, in the model's order."""
+        self._check_backbone()
+        layers = [module for module in self.model.modules() if isinstance(module, MergedLayer)]
+        return [layer for layer in layers if self._adapter in layer.tint_coefficients]
+
+    def _check_backbone(self):
         if vars(self._active_config).get("backbone_merged"):
             raise ValueError(
                 "`merge_backbone` has baked the coefficients into the weights and freed the task vectors; "
-                "load the model again from its experts to have them."
+                "load the model again from its experts to have them and the base."
             )
-        layers = [module for module in self.model.modules() if isinstance(module, MergedLayer)]
-        return [layer for layer in layers if self._adapter in layer.tint_coefficients]
 
     def _per_task_layers(self) -> list[TintLayer]:
         layers = [module for module in self.model.modules() if isinstance(module, TintLayer)]
@@ -198,9 +239,20 @@ class TintModel(BaseTuner):
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
+    def set_adapter(self, adapter_name, inference_mode=False):
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._adapter in self._labels:  # not yet while it is being injected
+            _set_labels(self.model, self._labels[self._adapter][self.task])
+
+    def _enable_adapter_layers(self, enabled=True):
+        self._check_backbone()
+        super()._enable_adapter_layers(enabled)
+        _set_labels(self.model, self._labels[self._adapter][self.task] if enabled else self._base_labels)
+
     def _pre_injection_hook(self, model, config, adapter_name):
         self._task: dict[str, str] = {}  # adapter -> current task
         self._labels: dict[str, dict[str, dict]] = {}  # adapter -> task -> label fields of the config
+        self._unmerged: dict[str, dict[str, dict]] = {}  # adapter -> task -> parameters that only the expert has so
         self._base_labels = labels_of(getattr(model, "config", None))
 
     def _prepare_adapter_config(self, config, model_config):
@@ -216,6 +268,8 @@ class TintModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
+        if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
+            raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
         self._shared = {}  # unit -> the coefficients that its layers share
         try:
@@ -227,6 +281,7 @@ class TintModel(BaseTuner):
             _wrap_everywhere(model, self._layers.values())
             self._task[adapter_name] = next(iter(self._plan.labels))
             self._labels[adapter_name] = self._plan.labels
+            self._unmerged[adapter_name] = self._plan.unmerged
         finally:
             self._plan = self._layers = self._shared = None
         if adapter_name == self._adapter:
@@ -236,6 +291,13 @@ class TintModel(BaseTuner):
         """PEFT adds no adapter to the modules inside of one that an earlier adapter has wrapped."""
         modules = dict(plain_modules(model))
         for name in (*self._plan.task_modules, *self._plan.task_vectors):
+            if not name:
+                root = self._layers.setdefault(
+                    "", model._modules.get(ROOT) or RootMergedLayer(model, self.active_adapters)
+                )
+                model.add_module(ROOT, root)
+                self._add_adapter(config, adapter_name, "", root)
+                continue
             parent, _, child = name.rpartition(".")
             target = modules[parent]._modules[child]
             if not isinstance(target, MergedLayer | TintLayer) or adapter_name not in target.added_adapters:
@@ -262,11 +324,17 @@ class TintModel(BaseTuner):
         if not isinstance(target, MergedLayer):
             target = self._layers[name] = MergedLayer(target, self.active_adapters)
             self._replace_module(parent, target_name, target, target.base_layer)
+        self._add_adapter(config, adapter_name, name, target)
+
+    def _add_adapter(self, config, adapter_name, name, layer):
         units, coefficients = self._make_coefficients(config, name)
-        coefficients.requires_grad_(active and not config.inference_mode)
-        target.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
+        coefficients.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        layer.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
 
     def _replace_module(self, parent, child_name, new_module, child):
+        if new_module is parent:  # unloading the layer of the model's own parameters
+            delattr(parent, child_name)
+            return
         # a parent that is wrapped itself hands attributes on, but holds its children in the wrapped module
         setattr(parent.base_layer if isinstance(parent, MergedLayer) else parent, child_name, new_module)
 
@@ -280,7 +348,7 @@ class TintModel(BaseTuner):
         if len(units) == 1 and units[0] in self._shared:
             return units, self._shared[units[0]]
         init = config.coefficient_init
-        row = torch.tensor([init[task] if isinstance(init, dict) else init for task in config.experts])
+        row = torch.tensor([float(init[task] if isinstance(init, dict) else init) for task in config.experts])
         values = row.repeat(len(units), 1)
         if not config.init_weights:
             low, high = config.coefficient_bounds or (-1.0, 1.0)

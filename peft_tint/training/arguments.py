@@ -17,7 +17,7 @@ class TintTrainingArguments:
         metadata={"help": "'sequential': one update per task; 'joint': one update on the sum over tasks."},
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Adam's learning rate; None: 1e-2, or 1e-3 when no tint layer trains."}
+        default=None, metadata={"help": "Adam's learning rate; None: 1e-2 where the tint layer is the head, else 1e-3."}
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta2."})

@@ -27,6 +27,13 @@ def to_rows(values: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[
     return values.flatten(0, 1), [values.shape[1]] * len(values)
 
 
+def label_rows(labels: torch.Tensor, logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Labels in the order of the rows of `logits`: (rows,), or (rows, classes) where each class has one."""
+    if logits.ndim == 3 and attention_mask is not None and attention_mask.shape == labels.shape:
+        return labels[attention_mask.bool()]
+    return labels if labels.shape == logits.shape else labels.flatten()
+
+
 class Collator:
     """Calls a data collator and adds the experts' rows to what it returns.
 

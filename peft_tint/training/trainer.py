@@ -2,14 +2,14 @@
 
 import inspect
 import time
+from contextlib import nullcontext
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import NormalizedAccuracy
 from .arguments import TintTrainingArguments
-from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, to_rows
+from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, to_rows
 from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
 
 
@@ -62,18 +62,23 @@ class TintTrainer:
         self.objective = self._check_objective(objective)
         self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
         self.log_history: list[dict] = []
-        AcceleratorState._reset_state()  # or a second trainer in one process could not choose another precision
+        # bfloat16 needs autocast only, which is ours, so that trainers of one process may differ in it; float16 needs
+        # Accelerate's gradient scaler
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no",
+            mixed_precision="fp16" if self.args.fp16 else None,
             log_with=None if self.args.report_to == "none" else self.args.report_to,
             project_dir=self.args.output_dir,
         )
         self.model.to(self.accelerator.device)
         self._collate = self._make_collator(data_collator)
+        unlabelled = None if self._collate.columns is None else self._collate.columns - set(LABELS)
+        self._collate_unlabelled = Collator(self._collate.collate, unlabelled)
         self._optimizer = None
         self._cached = {}
 
     def _check_datasets(self, name, datasets):
+        if not isinstance(datasets, dict | None):
+            raise ValueError(f"`{name}` is a {type(datasets).__name__}; it must be {{task: Dataset}}.")
         for task, dataset in (datasets or {}).items():
             if task not in self.model.tasks:
                 known = ", ".join(map(repr, self.model.tasks))
@@ -92,16 +97,21 @@ class TintTrainer:
             return objective
         if objective not in OBJECTIVES:
             raise ValueError(f"There is no objective {objective!r}; the objectives are {', '.join(OBJECTIVES)}.")
-        if objective != "feature_l1":
-            for task in self.train_dataset or {}:
-                if self._problem_type(task) == "multi_label_classification":
-                    raise ValueError(
-                        f"The task {task!r} is multi-label; {objective!r} would take its labels for alternatives. Use "
-                        "'feature_l1' or a function of your own."
-                    )
-        elif not self.model.head_layers:
+        for task in self.train_dataset or {}:
+            self._objective_of(task, OBJECTIVES[objective])
+        if objective == "feature_l1" and not self.model.head_layers:
             raise ValueError("'feature_l1' compares the inputs of the head, and this model has no head.")
         return OBJECTIVES[objective]
+
+    def _objective_of(self, task, objective):
+        """Regression has no classes to agree on, so it takes the difference to the expert's output."""
+        problem = self._problem_type(task)
+        if problem == "multi_label_classification" and objective in set(OBJECTIVES.values()) - {feature_l1}:
+            raise ValueError(
+                f"The task {task!r} is multi-label; {objective.__name__!r} would take its labels for alternatives. Use "
+                "'feature_l1' or a function of your own."
+            )
+        return feature_l1 if problem == "regression" else objective
 
     def _problem_type(self, task):
         labels = self.model.task_labels(task)
@@ -123,15 +133,28 @@ class TintTrainer:
         """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time."""
         if not self.train_dataset:
             raise ValueError("`train_dataset` is missing; give {task: unlabelled Dataset}.")
-        args, started = self.args, time.perf_counter()
+        if self.args.eval_steps and not self.eval_dataset:
+            raise ValueError("`eval_steps` is set but `eval_dataset` is missing; give {task: Dataset}.")
+        args, started, before = self.args, time.perf_counter(), self.model.task
         set_seed(args.seed)
         model = self._prepare()
+        try:
+            if args.report_to != "none":
+                scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
+                self.accelerator.init_trackers("peft_tint", scalars)
+            loss = self._train(model)
+        finally:
+            self._finish(model)
+            self.model.set_task(before)
+        metrics = {"train_runtime": time.perf_counter() - started, "train_loss": loss}
+        return TrainOutput(args.max_steps, loss, metrics)
+
+    def _train(self, model) -> float:
+        """The loop. Returns the mean loss."""
+        args = self.args
         batches = {
             task: _forever(self._loader(task, dataset, shuffle=True)) for task, dataset in self.train_dataset.items()
         }
-        if args.report_to != "none":
-            scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
-            self.accelerator.init_trackers("peft_tint", scalars)
         best = self._evaluate_state(0, None) if args.load_best_model_at_end else None
         order = torch.Generator().manual_seed(args.seed)
         losses, window = [], _Window()
@@ -158,9 +181,7 @@ class TintTrainer:
             parameters = dict(self.model.named_parameters())
             for name, value in best[2].items():
                 parameters[name].data.copy_(value)
-        self._finish(model)
-        metrics = {"train_runtime": time.perf_counter() - started, "train_loss": float(np.mean(losses))}
-        return TrainOutput(args.max_steps, metrics["train_loss"], metrics)
+        return float(np.mean(losses))
 
     def step(self, task: str, batch: dict) -> torch.Tensor:
         """One update on one batch of a stream. Returns the logits that the model gave before the update."""
@@ -181,7 +202,8 @@ class TintTrainer:
             )
         args, lr = self.args, self.args.learning_rate
         if lr is None:
-            lr = 1e-2 if self.model.tint_layers else 1e-3
+            tint_layers = self.model.tint_layers
+            lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
         optimizer = torch.optim.Adam(parameters, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
         self._prepared, self._optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -194,6 +216,7 @@ class TintTrainer:
         self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         vars(self.model).pop("forward", None)
         self._optimizer = self._prepared = None
+        self.accelerator.free_memory()
         if self.args.report_to != "none":
             self.accelerator.end_training()
 
@@ -202,7 +225,13 @@ class TintTrainer:
         self.model.set_task(task)
         output = self._forward(model, batch)
         rows, expert_rows = output.compared[0], batch[EXPERT_ROWS]
-        objective = feature_l1 if self._problem_type(task) == "regression" else self.objective
+        objective = self._objective_of(task, self.objective)
+        if rows.shape != expert_rows.shape:
+            raise ValueError(
+                f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
+                f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
+                "the same sizes each time."
+            )
         loss = objective(rows, expert_rows, None)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -210,13 +239,13 @@ class TintTrainer:
             )
         self.accelerator.backward(loss / share)
         kept = confident_mask(rows, expert_rows).float().mean().item() if objective is confident_pseudo_label else None
-        self._loss_since_update += self.accelerator.reduce(loss.detach()).item()
+        self._loss_since_update += self.accelerator.reduce(loss.detach().abs()).item()
         return output.logits.detach(), loss.item(), kept
 
     def _update(self):
         # A loss of exactly zero is one for which no pseudo-label was kept. There is nothing to learn from it, but
         # Adam would still move by its momentum.
-        if self._loss_since_update > 0:
+        if self._loss_since_update:
             self._optimizer.step()
             self.model.project_coefficients()
         # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
@@ -224,15 +253,17 @@ class TintTrainer:
         self._loss_since_update = 0.0
 
     def _forward(self, model, batch) -> "_Output":
-        mask = batch.get("attention_mask")
+        decodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
         inputs = {key: value for key, value in batch.items() if key != EXPERT_ROWS and key not in LABELS}
         features, hooks = [], []
         if self.objective is feature_l1:
             head = self.model.head_layers[0]
             hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
         try:
-            with self.accelerator.autocast():
-                logits = model(**inputs).logits
+            bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.args.bf16)
+            with self.accelerator.autocast(), bf16 if self.args.bf16 else nullcontext():
+                logits = model(**inputs).logits.float()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -249,24 +280,26 @@ class TintTrainer:
             batch_size=batch_size,
             shuffle=shuffle,
             generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self._collate,
+            collate_fn=self._collate_unlabelled if shuffle else self._collate,
             num_workers=self.args.dataloader_num_workers,
         )
-        return self.accelerator.prepare(loader)
+        loader = self.accelerator.prepare(loader)
+        self.accelerator._dataloaders.remove(loader)  # or every evaluation would leave one there
+        return loader
 
     def _expert_rows(self, task, dataset, logits):
         @torch.no_grad()
         def compute(samples):
-            batch = self._collate(samples)
+            batch = self._collate_unlabelled(samples)
             output = self._forward(self.model, {k: v.to(self.accelerator.device) for k, v in batch.items()})
             rows, counts = output.rows if logits else output.compared
             return rows.split(counts)
 
         kind = "features" if self.objective is feature_l1 and not logits else "logits"
-        memo = (task, kind, dataset._fingerprint)
+        memo = (self.model.active_adapter, task, kind, dataset._fingerprint)
         if memo not in self._cached:  # `datasets` caches on disk only what came from disk
             self.model.eval()
-            key = [self.model.expert_fingerprint(task), kind, self.accelerator.mixed_precision]
+            key = [self.model.expert_fingerprint(task), kind, self.accelerator.mixed_precision, self.args.bf16]
             key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
             with self.model.expert(task), self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
@@ -300,12 +333,15 @@ class TintTrainer:
         gathered = []
         for batch in loader:
             label = next((batch[key] for key in LABELS if key in batch), None)
-            rows = self._forward(self.model, batch).rows[0]
-            found = [rows, batch[EXPERT_ROWS]]
+            output = self._forward(self.model, batch)
+            found = [output.rows[0], batch[EXPERT_ROWS]]
             if label is not None:
-                label_rows = label[..., None] if label.ndim < rows.ndim or label.shape[-1] != rows.shape[-1] else label
-                found.append(to_rows(label_rows, batch.get("attention_mask"))[0].squeeze(-1))
-            gathered.append([value.float().cpu() for value in self.accelerator.gather_for_metrics(found)])
+                found.append(label_rows(label, output.logits, batch.get("attention_mask")))
+            gathered.append([value.float().cpu() for value in found])
+        if self.accelerator.num_processes > 1:
+            # each process has other samples, and other numbers of rows; of a last round that was filled up by samples
+            # from the start, the surplus counts twice
+            gathered = gather_object(gathered)
         columns = [torch.cat(column).numpy() for column in zip(*gathered, strict=True)]
         return columns if len(columns) == 3 else [*columns, None]
 
@@ -334,13 +370,14 @@ class TintTrainer:
 
     def _evaluate_state(self, step, best):
         """Evaluates and logs the present state; returns (step, metric, state) of the better of it and `best`."""
-        if not self.eval_dataset:
-            raise ValueError("`eval_steps` is set but `eval_dataset` is missing; give {task: Dataset}.")
         results = self.evaluate()
         self._log({"step": step, **{f"eval_{task}_{k}": v for task, m in results.items() for k, v in m.items()}})
+        if not self.args.load_best_model_at_end:
+            return None
         name = self.args.metric_for_best_model
         if name not in results["mean"]:
-            raise ValueError(f"`metric_for_best_model` is {name!r}; there are {', '.join(results['mean'])}.")
+            known = ", ".join(results["mean"]) or "none; give labels and `compute_metrics`"
+            raise ValueError(f"`metric_for_best_model` is {name!r}; there are: {known}.")
         value = results["mean"][name]
         if best is not None and (value <= best[1] if self.args.greater_is_better else value >= best[1]):
             return best
