@@ -118,6 +118,19 @@ def test_adapter_and_empty_folder(bert, tmp_path):
     refused(bert, "no folder.*subfolder", experts={"b": {"id": str(tmp_path), "subfolder": "x"}})
 
 
+def test_file_instead_of_a_folder(bert, tmp_path):
+    torch.save({}, tmp_path / "expert.pt")
+    refused(bert, "pickle.*expert.pt.*refused", experts={"b": str(tmp_path / "expert.pt")})
+    refused(bert, "is a file; give the folder", experts={"b": bert[1]["b"] + "/model.safetensors"})
+
+
+def test_truncated_file(bert, tmp_path):
+    shutil.copytree(bert[1]["b"], tmp_path / "b")
+    file = tmp_path / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(bert, "Expert 'b': the file in .* is broken", experts={"b": str(tmp_path / "b")})
+
+
 def test_unreachable_expert(bert):
     refused(bert, "'b': 'me/none' is neither a local folder nor", experts={"b": "me/none"})
 
@@ -175,7 +188,9 @@ def test_no_experts(bert):
     ({"experts": {"a": {"id": "x", "branch": "y"}}}, "may have 'revision'"),
     ({"experts": {"a": torch.nn.Linear(1, 1)}}, "is a Linear.*from_experts"),
     ({"experts": {"a": "x"}, "tasks": ["a", "b"]}, "`tasks` is .*name the same ones"),
-    ({"granularity": "layer"}, "`granularity` is 'layer'.*'tensor'"),
+    ({"tint_layer": ""}, "`tint_layer` is ''"),
+        ({"tint_layer": 3}, "`tint_layer` is 3"),
+        ({"granularity": "layer"}, "`granularity` is 'layer'.*'tensor'"),
     ({"tint_layer_init": "zero"}, "`tint_layer_init` is 'zero'.*'expert'"),
     ({"coefficient_init": 2.0}, r"2.0, outside of `coefficient_bounds` \[0.0, 1.0\]"),
     ({"coefficient_init": float("nan")}, "nan; it must be a number"),

@@ -372,3 +372,107 @@ def test_registration_is_idempotent_and_complete():
     assert PeftType.TINT is PeftType("TINT") is PeftType["TINT"] and PeftType.TINT in list(PeftType)
     assert pickle.loads(pickle.dumps(PeftType.TINT)) is PeftType.TINT
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.TINT] is TintConfig
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query", "value"]},
+        {"exclude_modules": ["word_embeddings"]},
+        {"modules_to_save": ["pooler"]},
+    ],
+)
+def test_expert_is_the_expert_whatever_is_merged(bert, settings):
+    base, experts = bert
+    model = get_peft_model(load(base), TintConfig(experts=experts, **settings)).eval()
+    perturb(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for task, folder in experts.items():
+        with model.expert(task):
+            torch.testing.assert_close(model(**IDS).logits, load(folder)(**IDS).logits, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_expert_contexts_do_not_nest_or_mix(model):
+    with model.expert("a"):
+        for use in (lambda: model.set_task("b"), lambda: model.expert("b").__enter__()):
+            with pytest.raises(ValueError, match="leave"):
+                use()
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled"):
+        model.expert("a").__enter__()
+
+
+def test_labels_follow_the_adapter(model, bert):
+    experts = {task: bert[1][task] for task in ("b", "score")}
+    model.add_adapter("second", TintConfig(experts=experts, task_type="SEQ_CLS"))
+    assert model.config.num_labels == 2
+    model.set_adapter("second")
+    assert model.tasks == ["b", "score"] and model.config.num_labels == 5 == model(**IDS).logits.shape[1]
+    model.set_task("score")
+    model.set_adapter("default")
+    assert model.task == "a" and model.config.num_labels == 2 == model(**IDS).logits.shape[1]
+    with model.disable_adapter():
+        assert model.config.id2label[0] == "LABEL_0"
+    assert model.config.id2label[0] == "a-0"
+    with pytest.raises(ValueError, match="2 adapters"):
+        model.merge_backbone()
+
+
+def test_second_adapter_equals_the_same_alone(model, bert):
+    """Its task vectors are of the base, through the first adapter's wrappers."""
+    experts = {task: bert[1][task] for task in ("b", "score")}
+    config = {"experts": experts, "coefficient_init": 0.7, "task_type": "SEQ_CLS"}
+    alone = get_peft_model(load(bert[0]), TintConfig(**config)).eval()
+    perturb(model)
+    first = logits(model, "score")
+    model.add_adapter("second", TintConfig(**config))
+    assert torch.equal(logits(model, "score"), first)
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model, "score"), logits(alone, "score"), rtol=1e-5, atol=1e-6)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.add_adapter("third", TintConfig(**config))
+
+
+def test_after_merge_backbone_there_is_no_base(model):
+    model.merge_backbone()
+    for use in (model.unload, lambda: model.disable_adapter().__enter__()):
+        with pytest.raises(ValueError, match="merge_backbone"):
+            use()
+
+
+def test_merge_backbone_of_a_broken_model_changes_nothing(model):
+    layers = model.base_model._merged_layers()
+    layers[5].tint_coefficients["default"].data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_backbone()
+    assert model.base_model._merged_layers() == layers
+
+
+@pytest.mark.parametrize("init", [0, 1, {"a": 1, "score": 0, "b": 0.5}])
+def test_coefficient_init_may_be_an_integer(bert, init):
+    model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], coefficient_init=init))
+    wanted = list(init.values()) if isinstance(init, dict) else [init] * 3
+    assert model.coefficients().values[:, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("name", ["plain_transformer", "bert_mlm"])
+@pytest.mark.filterwarnings("ignore:.*has no head")
+@torch.no_grad()
+def test_copy_pickle_and_unload_of_root_and_tied_parameters(name):
+    architecture = ARCHITECTURES[name]
+    base = architecture.build()
+    expected = output(architecture.build(), architecture.inputs)
+    model = peft_tint.from_experts(base, make_experts(base, ["a", "b"])).eval()
+    merged = output(model, architecture.inputs)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(again, architecture.inputs), merged)
+        again.set_coefficients(0.0)
+        assert torch.equal(output(again, architecture.inputs), expected)
+    assert torch.equal(output(model, architecture.inputs), merged)
+    model.merge_adapter()
+    torch.testing.assert_close(output(model, architecture.inputs), merged, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    plain = model.unload()
+    assert torch.equal(output(plain, architecture.inputs), expected)
+    assert plain.state_dict().keys() == architecture.build().state_dict().keys()

@@ -4,9 +4,16 @@ import dataclasses
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from models import IDS
+from models import IDS, SMALL, Architecture, make_experts, transformers_model
 from peft import get_peft_model
-from transformers import AutoModelForSequenceClassification, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForTokenClassification,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+)
 
 import peft_tint
 from peft_tint import OBJECTIVES, TintConfig, TintTrainer, TintTrainingArguments
@@ -302,3 +309,77 @@ def test_transforms_and_missing_columns(bert, model, data, tmp_path):
     trainer = TintTrainer(model, arguments(tmp_path), shifted)
     trainer.train()
     assert trainer.log_history
+
+
+def test_negative_losses_update_too(model, tmp_path):
+    trainer = TintTrainer(model, arguments(tmp_path), objective=lambda logits, expert, mask: -logits.abs().mean())
+    before = state(model)
+    trainer.step("a", IDS)
+    assert any(not torch.equal(before[name], value) for name, value in state(model).items())
+
+
+def test_token_level_rows_and_labels(tmp_path):
+    """Each token that is no padding counts once, in training and in evaluation, whatever batch it falls in."""
+    architecture = Architecture(transformers_model(BertForTokenClassification, BertConfig, vocab_size=64, **SMALL), IDS)
+    base = architecture.build()
+    experts = make_experts(base, {"x": 4, "y": 3})
+    model = peft_tint.from_experts(base, experts, coefficient_init={"x": 1.0, "y": 0.0})
+    lengths = [3, 6, 4, 6, 2, 6, 5]
+    ids = [torch.randint(2, 64, (n,)).tolist() + [0] * (6 - n) for n in lengths]
+    masks = [[1] * n + [0] * (6 - n) for n in lengths]
+    with torch.no_grad():
+        labels = experts["x"](torch.tensor(ids), torch.tensor(masks)).logits.argmax(-1)
+    labels[:, 0] = -100
+    data = {"x": Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": labels.tolist()})}
+    seen = []
+
+    def count(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"rows": len(prediction.label_ids)}
+
+    settings = arguments(tmp_path, per_device_eval_batch_size=4, max_steps=2)
+    trainer = TintTrainer(model, settings, data, data, compute_metrics=count)
+    assert trainer.evaluate()["x"]["rows"] == sum(lengths) and set(seen) == {(sum(lengths), 4)}
+    trainer.compute_metrics = None
+    scores = trainer.evaluate()["x"]
+    assert scores["agreement"] == scores["accuracy"] == scores["expert_accuracy"] == 1
+    trainer.train()
+
+
+def test_an_error_in_training_leaves_the_model_sane(model, data, tmp_path):
+    def fail(trainer, logs):
+        raise KeyboardInterrupt
+
+    trainer = TintTrainer(model, arguments(tmp_path, bf16=True, logging_steps=1), data, callbacks=[fail])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert model.task == "a" and "forward" not in vars(model) and trainer._optimizer is None
+    assert model(**IDS).logits.dtype == torch.float32
+
+
+def test_trainers_of_one_process_may_differ_in_precision(model, data, tmp_path):
+    low, full = (TintTrainer(model, arguments(tmp_path, bf16=bf16, max_steps=1), data) for bf16 in (True, False))
+    dtypes = []
+    hook = model.base_model.head_layers[0].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    low.train()
+    full.train()
+    hook.remove()
+    assert dtypes[0] == torch.bfloat16 and dtypes[-1] == torch.float32
+
+
+def test_learning_rate_by_tint_layer(bert, tmp_path):
+    for layer, expected in ((None, 1e-2), (["encoder.layer.1", "classifier"], 1e-3), ([], 1e-3)):
+        model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], tint_layer=layer))
+        trainer = TintTrainer(model, arguments(tmp_path))
+        trainer.step("a", IDS)
+        assert trainer._optimizer.param_groups[0]["lr"] == expected
+
+
+def test_misuse_is_told_before_the_first_step(model, tmp_path):
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    with pytest.raises(ValueError, match="`train_dataset` is a Dataset"):
+        TintTrainer(model, arguments(tmp_path), data)
+    with pytest.raises(ValueError, match="`eval_steps` is set"):
+        TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), its expert gave \(3, 2\)"):
+        TintTrainer(model, arguments(tmp_path))._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)

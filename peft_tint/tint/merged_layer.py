@@ -115,7 +115,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            if self.tint_coefficients:  # else all it has is tied, and its owner unmerges it
+                warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for name, weight in self._unmerged.items():
             attrgetter(name)(self.base_layer).data = weight

@@ -263,7 +263,8 @@ class TintTrainer:
         try:
             bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.args.bf16)
             with self.accelerator.autocast(), bf16 if self.args.bf16 else nullcontext():
-                logits = model(**inputs).logits.float()
+                output = model(**inputs)
+                logits = (output if isinstance(output, torch.Tensor) else output.logits).float()
         finally:
             for hook in hooks:
                 hook.remove()
