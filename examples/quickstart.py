@@ -46,6 +46,7 @@ def main():
     parser.add_argument("--cache_dir", default=str(CACHE), help="where the base and the experts are kept")
     parser.add_argument("--finetune_steps", type=float, default=1.0, help="factor on the experts' fine-tuning")
     parser.add_argument("--max_steps", type=int, default=50, help="steps of AdaMerging and of Tint")
+    parser.add_argument("--rows", type=int, default=10**6, help="use so many rows of each split at the most")
     parser.add_argument("--reload", help=argparse.SUPPRESS)  # what the fresh process does
     args = parser.parse_args()
     # so small a model gains little from more threads, and loses much where other programs want the same cores
@@ -58,7 +59,7 @@ def main():
     output, cache = Path(args.output_dir), Path(args.cache_dir)
     output.mkdir(parents=True, exist_ok=True)
     base, tokenizer = make_base(cache)
-    data = {task: load_task(task, tokenizer) for task in TASKS}
+    data = {task: load_task(task, tokenizer, args.rows) for task in TASKS}
     experts = {task: finetune(args, cache, base, tokenizer, task, data[task]) for task in TASKS}
     adaptation = {task: splits["adapt"].remove_columns("label") for task, splits in data.items()}
     evaluation = {task: splits["test"] for task, splits in data.items()}
@@ -124,12 +125,13 @@ def make_base(cache):
     return str(base), tokenizer
 
 
-def load_task(task, tokenizer):
+def load_task(task, tokenizer, rows):
     """`train` for the expert; `adapt`, which the expert never saw; `test`, which adaptation never saw either."""
     files = {split: str(DATA / task / f"{split}.parquet") for split in ("train", "test")}
     data = load_dataset("parquet", data_files=files)
     train = data["train"].train_test_split(test_size=700, seed=0)
     splits = {"train": train["train"], "adapt": train["test"], "test": data["test"]}
+    splits = {name: split.select(range(min(rows, len(split)))) for name, split in splits.items()}
 
     def tokenize(batch):
         return tokenizer(batch["text"], truncation=True, max_length=MAX_TOKENS, return_length=True)

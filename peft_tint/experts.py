@@ -85,6 +85,14 @@ def _refuse_pickle(task, file):
         )
 
 
+def absolute_reference(source: str | dict) -> str | dict:
+    """A reference to a local folder by its absolute path, so that it holds from any working directory."""
+    location = source if isinstance(source, str) else source["id"]
+    if not os.path.isdir(location):
+        return source
+    return os.path.abspath(location) if isinstance(source, str) else {**source, "id": os.path.abspath(location)}
+
+
 def _check_folder(task, folder):
     if not os.path.isdir(folder):
         raise ValueError(f"Expert {task!r}: there is no folder {folder!r}. Check `subfolder`.")

@@ -8,6 +8,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def test_quickstart(tmp_path):
     """As a user runs it, with experts hardly trained: table, pictures, adapter, reload in a fresh process, pipeline."""
     flags = ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--finetune_steps", "0.02"]
+    flags += ["--rows", "64"]
     command = [sys.executable, EXAMPLES / "quickstart.py", *flags, "--max_steps", "2"]
     for first in (True, False):
         result = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """Using a TINT model, as a PEFT user would."""
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -319,6 +320,16 @@ def test_expert_reference_with_subfolder(bert, tmp_path):
     model = get_peft_model(load(base), TintConfig(experts={"b": reference})).eval()
     with model.expert("b"):
         torch.testing.assert_close(model(**IDS).logits, load(experts["b"])(**IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_relative_reference_is_saved_as_absolute(bert, tmp_path, monkeypatch):
+    base, _ = bert
+    monkeypatch.chdir(os.path.dirname(base))
+    model = get_peft_model(load(base), TintConfig(experts={"a": "a", "b": {"id": ".", "subfolder": "b"}}))
+    model.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    again = PeftModel.from_pretrained(load(base), tmp_path).eval()
+    assert torch.equal(logits(again, "b"), logits(model.eval(), "b"))
 
 
 def test_target_modules_limit_what_is_merged(bert):

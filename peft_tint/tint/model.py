@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from ..experts import absolute_reference
 from ._plan import is_target, labels_of, make_plan
 from ._structure import find_head, named_tensors, plain_modules, unit_name
 from .config import TintConfig
@@ -265,6 +266,8 @@ class TintModel(BaseTuner):
         if None in sources.values():
             raise ValueError("These experts were held in memory and are gone; call `from_experts` with them again.")
         self._plan = make_plan(config, model, sources)
+        if sources is config.experts:
+            config.experts = {task: absolute_reference(source) for task, source in sources.items()}
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
