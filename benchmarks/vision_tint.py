@@ -5,7 +5,7 @@ saw. MODEL is a DINOv2 folder or Hub id, FOLDER holds TASK/train.parquet and TAS
 and `label`.
 
 Experts: a linear probe makes the head, then the encoder is fine-tuned. Of each test split, one half without its labels
-adapts, the other half evaluates. Experts are kept in --experts and used again.
+adapts, the other half evaluates. Experts are kept in --experts and used again. Needs scikit-learn and pillow too.
 """
 
 import argparse

@@ -261,8 +261,8 @@ class TintTrainer:
             head = self.model.head_layers[0]
             hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
         try:
-            bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.args.bf16)
-            with self.accelerator.autocast(), bf16 if self.args.bf16 else nullcontext():
+            bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
+            with self.accelerator.autocast(), bf16:
                 output = model(**inputs)
                 logits = (output if isinstance(output, torch.Tensor) else output.logits).float()
         finally:
