@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--image_size", type=int, nargs="+", default=[224, 96])
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default="benchmarks/results/step_cost.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
