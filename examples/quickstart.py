@@ -64,13 +64,15 @@ def main():
     adaptation = {task: splits["adapt"].remove_columns("label") for task, splits in data.items()}
     evaluation = {task: splits["test"] for task, splits in data.items()}
 
+    common = {"output_dir": str(output), "max_steps": args.max_steps, "per_device_eval_batch_size": 128, "bf16": True}
+
     def merge(config, objective=None, **arguments):
         """A merged model, adapted if there is an objective, and its scores on the test split."""
         model = AutoModelForSequenceClassification.from_pretrained(base, **ATTENTION)
         model = get_peft_model(model, TintConfig(experts=experts, task_type="SEQ_CLS", **config))
         trainer = TintTrainer(
             model,
-            TintTrainingArguments(output_dir=str(output), max_steps=args.max_steps, bf16=True, **arguments),
+            TintTrainingArguments(**common, **arguments),
             train_dataset=adaptation,
             eval_dataset=evaluation,
             objective=objective or "confident_pseudo_label",
