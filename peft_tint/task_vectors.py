@@ -29,9 +29,14 @@ class _MergeWeight(torch.autograd.Function):
         ctx.coefficients_dtype = coefficients.dtype
         dtype = torch.promote_types(weight.dtype, torch.float32)
         with torch.autocast(weight.device.type, enabled=False):
-            stack = task_vectors.flatten(1).to(dtype)  # (tasks, entries)
-            # a matrix-vector product as a matrix product of one row, which reads the stack faster than `addmv`
-            merged = torch.addmm(weight.to(dtype).reshape(1, -1), coefficients.to(dtype)[None], stack)
+            stack, coefficients = (
+                task_vectors.flatten(1).to(dtype),
+                coefficients.to(dtype),
+            )  # (tasks, entries), (tasks,)
+            if weight.is_cuda:  # where a matrix product might be in TF32, which would round the task vectors
+                merged = torch.addmv(weight.to(dtype).flatten(), stack.t(), coefficients)
+            else:  # where this reads the stack faster
+                merged = torch.addmm(weight.to(dtype).reshape(1, -1), coefficients[None], stack)
         return merged.view(weight.shape).to(weight.dtype)
 
     @staticmethod
