@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from models import IDS, SMALL
+from models import ARCHITECTURES, IDS, SMALL
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -133,6 +133,14 @@ def test_truncated_file(bert, tmp_path):
 
 def test_unreachable_expert(bert):
     refused(bert, "'b': 'me/none' is neither a local folder nor", experts={"b": "me/none"})
+
+
+def test_tied_tensors_that_the_expert_has_untied():
+    base = ARCHITECTURES["bert_mlm"].build()
+    tensors = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tensors["cls.predictions.decoder.weight"] += 0.1
+    with pytest.raises(ValueError, match=r"'a': .*word_embeddings.weight' and .*decoder.weight' are one tied tensor"):
+        peft_tint.from_experts(base, {"a": tensors})
 
 
 def test_differing_buffer_is_refused():
