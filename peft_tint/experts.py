@@ -164,8 +164,8 @@ def check_expert(
         other = first_name.setdefault(id(base_tensors[name]), name)
         if not (other == name or torch.equal(tensors[other], tensor)):
             raise ValueError(
-                f"Expert {task!r}: {other!r} and {name!r} are one tied tensor in the base model and differ in the expert. "
-                "Untie the base's (`tie_word_embeddings=False`), or tie the expert's."
+                f"Expert {task!r}: {other!r} and {name!r} are one tied tensor in the base model and differ in the "
+                "expert. Untie the base's (`tie_word_embeddings=False`), or tie the expert's."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
