@@ -152,7 +152,7 @@ def finetune(args, cache, base, tokenizer, task, splits):
         return str(folder)
     print(f"Fine-tuning the expert of {task} (first run only)")
     names = splits["train"].features["label"].names
-    torch.manual_seed(0)
+    torch.manual_seed(list(TASKS).index(task))
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
         num_labels=len(names),
@@ -161,6 +161,7 @@ def finetune(args, cache, base, tokenizer, task, splits):
         ignore_mismatched_sizes=True,
         **ATTENTION,
     )
+    model.classifier.reset_parameters()  # a head of its own, as experts have that were trained apart
     model.bert.embeddings.requires_grad_(False)
     groups = [
         {"params": [p for p in model.bert.parameters() if p.requires_grad], "lr": 2e-4},
