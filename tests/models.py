@@ -9,6 +9,15 @@ import transformers as T
 from torch import nn
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 IDS = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10], [20, 21, 22, 23, 1, 1]])}
 IMAGE = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)}
 
@@ -115,33 +124,12 @@ ARCHITECTURES = {
         transformers_model(T.Dinov2ForImageClassification, T.Dinov2Config, image_size=32, patch_size=8, **SMALL), IMAGE
     ),
     "t5": Architecture(
-        transformers_model(
-            T.T5ForConditionalGeneration,
-            T.T5Config,
-            vocab_size=64,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-        ),
+        transformers_model(T.T5ForConditionalGeneration, T.T5Config, **T5),
         {**IDS, "decoder_input_ids": IDS["input_ids"][:, :3]},
         has_head=False,
     ),
     "t5_classifier": Architecture(
-        transformers_model(
-            T.T5ForSequenceClassification,
-            T.T5Config,
-            vocab_size=64,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=0,
-            eos_token_id=1,
-        ),
+        transformers_model(T.T5ForSequenceClassification, T.T5Config, eos_token_id=1, **T5),
         {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 1], [20, 21, 22, 23, 24, 1]])},
     ),
     "plain_transformer": Architecture(lambda **_: PlainTransformer(), IMAGE, has_head=False),
