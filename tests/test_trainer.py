@@ -383,3 +383,19 @@ def test_misuse_is_told_before_the_first_step(model, tmp_path):
         TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()
     with pytest.raises(ValueError, match=r"shape \(2, 2\), its expert gave \(3, 2\)"):
         TintTrainer(model, arguments(tmp_path))._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)
+
+
+@pytest.mark.parametrize("kind, rates", [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])
+def test_learning_rate_by_step(model, data, tmp_path, kind, rates):
+    seen = []
+
+    class Recorder(TintTrainer):
+        def _update(self):
+            seen.append(self._optimizer.param_groups[0]["lr"])
+            super()._update()
+
+    settings = arguments(tmp_path, max_steps=4, learning_rate=0.1, lr_scheduler_type=kind, update="joint")
+    Recorder(model, settings, data).train()
+    assert seen == pytest.approx([0.1 * rate for rate in rates])
+    with pytest.raises(ValueError, match="'constant', 'linear' or 'cosine'"):
+        arguments(tmp_path, lr_scheduler_type="step")

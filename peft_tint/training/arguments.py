@@ -19,6 +19,10 @@ class TintTrainingArguments:
     learning_rate: float | None = field(
         default=None, metadata={"help": "Adam's learning rate; None: 1e-2 where the tint layer is the head, else 1e-3."}
     )
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "'constant', or from `learning_rate` down to 0 at `max_steps`: 'linear' or 'cosine'."},
+    )
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta2."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
@@ -48,6 +52,10 @@ class TintTrainingArguments:
     def __post_init__(self):
         if self.update not in ("sequential", "joint"):
             raise ValueError(f"`update` is {self.update!r}; it must be 'sequential' or 'joint'.")
+        if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
+            raise ValueError(
+                f"`lr_scheduler_type` is {self.lr_scheduler_type!r}; it must be 'constant', 'linear' or 'cosine'."
+            )
         if self.bf16 and self.fp16:
             raise ValueError("`bf16` and `fp16` are both set; choose one.")
         if self.load_best_model_at_end and not self.eval_steps:

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator
+from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import NormalizedAccuracy
@@ -155,6 +155,7 @@ class TintTrainer:
         batches = {
             task: _forever(self._loader(task, dataset, shuffle=True)) for task, dataset in self.train_dataset.items()
         }
+        scheduler = get_scheduler(args.lr_scheduler_type, self._optimizer, 0, args.max_steps)
         best = self._evaluate_state(0, None) if args.load_best_model_at_end else None
         order = torch.Generator().manual_seed(args.seed)
         losses, window = [], _Window()
@@ -170,6 +171,7 @@ class TintTrainer:
                         window.add(task, loss, kept)
                         losses.append(loss)
                 self._update()
+            scheduler.step()
             bar.set_postfix(window.summary())
             if step % args.logging_steps == 0 or step == args.max_steps:
                 self._log({"step": step, **window.summary(), **window.per_task()})
@@ -253,8 +255,7 @@ class TintTrainer:
         self._loss_since_update = 0.0
 
     def _forward(self, model, batch) -> "_Output":
-        decodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+        mask = self._attention_mask(batch)
         inputs = {key: value for key, value in batch.items() if key != EXPERT_ROWS and key not in LABELS}
         features, hooks = [], []
         if self.objective is feature_l1:
@@ -270,6 +271,11 @@ class TintTrainer:
                 hook.remove()
         rows = to_rows(logits, mask)
         return _Output(logits, rows, to_rows(features[0], mask) if features else rows)
+
+    def _attention_mask(self, batch):
+        """Which tokens of the output are no padding; None where the batch does not say."""
+        decodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        return batch.get("decoder_attention_mask" if decodes else "attention_mask")
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -331,19 +337,18 @@ class TintTrainer:
         """Rows of the merged model and of the expert, and the labels of the rows (None without labels)."""
         loader = self._loader(task, dataset, shuffle=False)
         self.model.set_task(task)
-        gathered = []
+        samples = []
         for batch in loader:
             label = next((batch[key] for key in LABELS if key in batch), None)
             output = self._forward(self.model, batch)
-            found = [output.rows[0], batch[EXPERT_ROWS]]
+            rows, counts = output.rows
+            found = [rows, batch[EXPERT_ROWS]]
             if label is not None:
-                found.append(label_rows(label, output.logits, batch.get("attention_mask")))
-            gathered.append([value.float().cpu() for value in found])
-        if self.accelerator.num_processes > 1:
-            # each process has other samples, and other numbers of rows; of a last round that was filled up by samples
-            # from the start, the surplus counts twice
-            gathered = gather_object(gathered)
-        columns = [torch.cat(column).numpy() for column in zip(*gathered, strict=True)]
+                found.append(label_rows(label, output.logits, self._attention_mask(batch)))
+            # sample by sample: processes have other numbers of rows, and samples that filled up the last batch go
+            split = [value.float().cpu().split(counts) for value in found]
+            samples += self.accelerator.gather_for_metrics(list(zip(*split, strict=True)), use_gather_object=True)
+        columns = [torch.cat(column).numpy() for column in zip(*samples, strict=True)]
         return columns if len(columns) == 3 else [*columns, None]
 
     def _metrics(self, task, rows, expert_rows, labels):
