@@ -205,7 +205,7 @@ def test_no_experts(bert):
     ({"coefficient_init": "big"}, "'big'; it must be a number"),
     ({"experts": {"a": "x"}, "coefficient_init": {"b": 0.1}}, r"names the tasks \['b'\]"),
     ({"coefficient_bounds": [1.0, 0.0]}, "must be \\[lowest, highest\\]"),
-    ({"layers_to_transform": [1]}, "needs `target_modules`"),
+    ({"layers_to_transform": [1], "target_modules": ".*query"}, "cannot be used when `target_modules` is a str"),
     ({"layers_pattern": "layer"}, "set `layers_to_transform` too"),
 ])  # fmt: skip
 def test_config(settings, match):

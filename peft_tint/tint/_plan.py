@@ -153,10 +153,16 @@ def _merged_parameters(config, modules, per_task):
 
 def is_target(config: TintConfig, name: str):
     """PEFT's matching rules, where no `target_modules` at all means every module."""
-    if config.target_modules is None:
-        config = copy.copy(config)
-        config.target_modules = ".*"
-    return check_target_module_exists(config, name)
+    if config.target_modules is not None:
+        return check_target_module_exists(config, name)
+    config = copy.copy(config)
+    config.target_modules = ".*"
+    found = check_target_module_exists(config, name)
+    if found and config.layers_to_transform is not None:
+        # PEFT counts blocks only where a list of endings matches; a block is to match itself too
+        config.target_modules, config.exclude_modules = {"any"}, None
+        return check_target_module_exists(config, f"{name}.any")
+    return found
 
 
 def _expert_module(expert, name, base_module, tensors, of_expert):

@@ -42,13 +42,13 @@ class TintConfig(PeftConfig):
             `"block"` (all of one numbered block) or `"model"` (AdaMerging's task-wise).
         coefficient_init (`float | dict[str, float]`):
             The coefficients' starting value (0.3), for all tasks or for each.
-        coefficient_bounds (`tuple[float, float]`, *optional*):
+        coefficient_bounds (`list[float]`, *optional*):
             The interval onto which the trainer projects the coefficients after each update, `[0, 1]` by default.
             `None` leaves them free.
         init_weights (`bool`):
             `False` starts from random coefficients.
         layers_to_transform (`list[int] | int`, *optional*):
-            With a list of `target_modules`: the indices of the blocks to merge.
+            The indices of the blocks to merge; not with a regular expression in `target_modules`.
         layers_pattern (`list[str] | str`, *optional*):
             With `layers_to_transform`: the name of the list that holds the blocks.
         modules_to_save (`list[str]`, *optional*):
@@ -82,13 +82,13 @@ class TintConfig(PeftConfig):
     coefficient_init: float | dict[str, float] = field(
         default=0.3, metadata={"help": "Starting value of the coefficients, for all tasks or for each."}
     )
-    coefficient_bounds: tuple[float, float] | None = field(
-        default=(0.0, 1.0),
+    coefficient_bounds: list[float] | None = field(
+        default_factory=lambda: [0.0, 1.0],
         metadata={"help": "The coefficients are projected onto this interval after each update; None: free."},
     )
     init_weights: bool = field(default=True, metadata={"help": "False: random coefficients."})
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "The indices of the blocks to merge, with a list of target_modules."}
+        default=None, metadata={"help": "The indices of the blocks to merge."}
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "The name of the list of blocks that layers_to_transform counts in."}
@@ -109,8 +109,11 @@ class TintConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` says where `layers_to_transform` counts; set `layers_to_transform` too.")
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
-            raise ValueError("`layers_to_transform` needs `target_modules` as a list of module names.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str; say the blocks in that regular "
+                "expression, or give a list of module names."
+            )
         self._check_experts()
         self._check_coefficients()
         layers = [self.tint_layer] if isinstance(self.tint_layer, str) else self.tint_layer or []
@@ -159,7 +162,7 @@ class TintConfig(PeftConfig):
         bounds = self.coefficient_bounds
         if not isinstance(bounds, list | tuple) or len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise ValueError(f"`coefficient_bounds` is {self.coefficient_bounds!r}; it must be [lowest, highest].")
-        low, high = self.coefficient_bounds = tuple(bounds)
+        low, high = self.coefficient_bounds = list(bounds)  # as it comes back from a saved configuration
         if not all(low <= value <= high for value in values):
             raise ValueError(
                 f"`coefficient_init` is {init!r}, outside of `coefficient_bounds` [{low}, {high}]. Widen "

@@ -43,6 +43,9 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         self._unmerged = {}  # the base weights while the adapter is merged into them
         self._disable_adapters = False
         self._active_adapter = list(active_adapters)
+        # PEFT expects both on every layer
+        self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "in_channels", None))
+        self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "out_channels", None))
 
     def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
         self.units[adapter_name] = units

@@ -256,6 +256,15 @@ class TintModel(BaseTuner):
         self._unmerged: dict[str, dict[str, dict]] = {}  # adapter -> task -> parameters that only the expert has so
         self._base_labels = labels_of(getattr(model, "config", None))
 
+    def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # PEFT then expects the base's type; in place, for coefficients may be shared
+            for layer in self.model.modules():
+                if isinstance(layer, MergedLayer) and adapter_name in layer.tint_coefficients:
+                    coefficients = layer.tint_coefficients[adapter_name]
+                    stack = next(iter(layer.tint_task_vectors[adapter_name].values()))
+                    coefficients.data = coefficients.data.to(stack.dtype)
+
     def _prepare_adapter_config(self, config, model_config):
         return config  # `target_modules=None` is a rule of ours, not a gap to fill
 
