@@ -66,32 +66,33 @@ def main():
 
     common = {"output_dir": str(output), "max_steps": args.max_steps, "per_device_eval_batch_size": 128, "bf16": True}
 
-    def merge(config, objective=None, **arguments):
-        """A merged model, adapted if there is an objective, and its scores on the test split."""
+    def make_trainer(objective, tint_layer, **arguments):
+        """A trainer of the four experts merged at 0.3."""
         model = AutoModelForSequenceClassification.from_pretrained(base, **ATTENTION)
-        model = get_peft_model(model, TintConfig(experts=experts, task_type="SEQ_CLS", **config))
-        trainer = TintTrainer(
-            model,
+        config = TintConfig(experts=experts, tint_layer=tint_layer, coefficient_init=0.3, task_type="SEQ_CLS")
+        return TintTrainer(
+            get_peft_model(model, config),
             TintTrainingArguments(**common, **arguments),
             train_dataset=adaptation,
             eval_dataset=evaluation,
-            objective=objective or "confident_pseudo_label",
+            objective=objective,
             processing_class=tokenizer,
         )
-        if objective:
-            trainer.train()
-        return model, trainer.evaluate()
 
-    only_coefficients = {"update": "joint", "per_device_train_batch_size": 16}
-    scores = {
-        "pretrained": merge({"coefficient_init": 0.0})[1],
-        "average": merge({"coefficient_init": 1 / len(TASKS)})[1],
-        "task arithmetic 0.3": merge({"coefficient_init": 0.3})[1],
-        "AdaMerging": merge({"tint_layer": []}, "entropy", **only_coefficients)[1],
-    }
-    # BERT's pooler is the first half of its classification head; half the usual learning rate, as 50 steps are few
-    tint = {"tint_layer": ["pooler", "classifier"]}
-    model, scores["Tint"] = merge(tint, "confident_pseudo_label", learning_rate=5e-3)
+    scores = {}
+    trainer = make_trainer("entropy", [], update="joint", per_device_train_batch_size=16)
+    for method, coefficient in {"pretrained": 0.0, "average": 1 / len(TASKS), "task arithmetic 0.3": 0.3}.items():
+        trainer.model.set_coefficients(coefficient)
+        scores[method] = trainer.evaluate()
+    trainer.train()
+    scores["AdaMerging"] = trainer.evaluate()
+
+    # BERT's pooler is the first half of its classification head. So few steps want a smaller learning rate than usual,
+    # and an end at zero
+    few_steps = {"learning_rate": 5e-3, "lr_scheduler_type": "linear"}
+    trainer = make_trainer("confident_pseudo_label", ["pooler", "classifier"], **few_steps)
+    trainer.train()
+    scores["Tint"], model = trainer.evaluate(), trainer.model
 
     accuracy = {
         method: {task: score[task]["accuracy"] for task in (*TASKS, "mean")} for method, score in scores.items()
@@ -133,7 +134,7 @@ def load_task(task, tokenizer, rows):
     """`train` for the expert; `adapt`, which the expert never saw; `test`, which adaptation never saw either."""
     files = {split: str(DATA / task / f"{split}.parquet") for split in ("train", "test")}
     data = load_dataset("parquet", data_files=files)
-    train = data["train"].train_test_split(test_size=700, seed=0)
+    train = data["train"].train_test_split(test_size=0.3, seed=0)
     splits = {"train": train["train"], "adapt": train["test"], "test": data["test"]}
     splits = {name: split.select(range(min(rows, len(split)))) for name, split in splits.items()}
 
