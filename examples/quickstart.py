@@ -89,7 +89,7 @@ def main():
 
     # BERT's pooler is the first half of its classification head. So few steps want a smaller learning rate than usual,
     # and an end at zero
-    few_steps = {"learning_rate": 5e-3, "lr_scheduler_type": "linear"}
+    few_steps = {"learning_rate": 3e-3, "lr_scheduler_type": "linear"}
     trainer = make_trainer("confident_pseudo_label", ["pooler", "classifier"], **few_steps)
     trainer.train()
     scores["Tint"], model = trainer.evaluate(), trainer.model
