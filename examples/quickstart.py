@@ -6,24 +6,32 @@ first run and kept in the user's cache folder.
 """
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import torch
 import transformers
 from datasets import load_dataset
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     pipeline,
 )
@@ -39,20 +47,19 @@ MAX_TOKENS = 24
 # PyTorch's fused attention takes half of a training step's time in bfloat16 on a CPU
 ATTENTION = {"attn_implementation": "eager"}
 
+SPAWN = multiprocessing.get_context("spawn")  # for processes beside this one: it has two cores and a small model
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="quickstart_output")
     parser.add_argument("--cache_dir", default=str(CACHE), help="where the base and the experts are kept")
     parser.add_argument("--finetune_steps", type=float, default=1.0, help="factor on the experts' fine-tuning")
-    parser.add_argument("--max_steps", type=int, default=50, help="steps of AdaMerging and of Tint")
+    parser.add_argument("--max_steps", type=int, default=60, help="steps of AdaMerging and of Tint")
     parser.add_argument("--rows", type=int, default=10**6, help="use so many rows of each split at the most")
     parser.add_argument("--reload", help=argparse.SUPPRESS)  # what the fresh process does
     args = parser.parse_args()
-    # so small a model gains little from more threads, and loses much where other programs want the same cores
-    torch.set_num_threads(max(1, os.cpu_count() // 2))
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    set_up()
     if args.reload:
         return check_reload(Path(args.reload))
 
@@ -60,39 +67,22 @@ def main():
     output.mkdir(parents=True, exist_ok=True)
     base, tokenizer = make_base(cache)
     data = {task: load_task(task, tokenizer, args.rows) for task in TASKS}
-    experts = {task: finetune(args, cache, base, tokenizer, task, data[task]) for task in TASKS}
+    steps = {task: max(1, int(count * args.finetune_steps)) for task, count in TASKS.items()}
+    experts = {task: str(cache / f"{task}-{steps[task]}") for task in TASKS}
+    finetune_missing(experts, steps, base, tokenizer, data)
     adaptation = {task: splits["adapt"].remove_columns("label") for task, splits in data.items()}
     evaluation = {task: splits["test"] for task, splits in data.items()}
 
-    common = {"output_dir": str(output), "max_steps": args.max_steps, "per_device_eval_batch_size": 128, "bf16": True}
-
-    def make_trainer(objective, tint_layer, **arguments):
-        """A trainer of the four experts merged at 0.3."""
-        model = AutoModelForSequenceClassification.from_pretrained(base, **ATTENTION)
-        config = TintConfig(experts=experts, tint_layer=tint_layer, coefficient_init=0.3, task_type="SEQ_CLS")
-        return TintTrainer(
-            get_peft_model(model, config),
-            TintTrainingArguments(**common, **arguments),
-            train_dataset=adaptation,
-            eval_dataset=evaluation,
-            objective=objective,
-            processing_class=tokenizer,
-        )
-
-    scores = {}
-    trainer = make_trainer("entropy", [], update="joint", per_device_train_batch_size=16)
-    for method, coefficient in {"pretrained": 0.0, "average": 1 / len(TASKS), "task arithmetic 0.3": 0.3}.items():
-        trainer.model.set_coefficients(coefficient)
-        scores[method] = trainer.evaluate()
-    trainer.train()
-    scores["AdaMerging"] = trainer.evaluate()
-
-    # BERT's pooler is the first half of its classification head. So few steps want a smaller learning rate than usual,
-    # and an end at zero
-    few_steps = {"learning_rate": 3e-3, "lr_scheduler_type": "linear"}
-    trainer = make_trainer("confident_pseudo_label", ["pooler", "classifier"], **few_steps)
-    trainer.train()
-    scores["Tint"], model = trainer.evaluate(), trainer.model
+    make = partial(make_trainer, base, experts, tokenizer, adaptation, evaluation, str(output), args.max_steps)
+    with ProcessPoolExecutor(1, SPAWN) as other:
+        others = other.submit(score_others, make)
+        # BERT's pooler is the first half of its classification head. So few steps want a smaller learning rate than
+        # usual, and an end at zero
+        few_steps = {"learning_rate": 3e-3, "lr_scheduler_type": "linear"}
+        trainer = make("confident_pseudo_label", ["pooler", "classifier"], **few_steps)
+        trainer.train()
+        model, tint = trainer.model, trainer.evaluate()
+        scores = {**others.result(), "Tint": tint}
 
     accuracy = {
         method: {task: score[task]["accuracy"] for task in (*TASKS, "mean")} for method, score in scores.items()
@@ -114,6 +104,13 @@ def main():
     for text in ("a soft cheese made of sheep's milk", "a person who repairs roofs", "a deep valley cut by a river"):
         print(f"  {text!r} -> {classify(text)[0]['label']}")
     print(f"\nWritten to {output}: adapter/, coefficients.png, accuracy.png")
+
+
+def set_up():
+    # so small a model gains little from more threads, and loses much where other programs want the same cores
+    torch.set_num_threads(max(1, os.cpu_count() // 2))
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def make_base(cache):
@@ -145,14 +142,44 @@ def load_task(task, tokenizer, rows):
     return {name: split.sort("length") for name, split in tokenized.items()}  # less padding when scored in order
 
 
-def finetune(args, cache, base, tokenizer, task, splits):
-    """The folder of the task's expert: encoder and head fine-tuned, the embeddings frozen."""
-    steps = max(1, int(TASKS[task] * args.finetune_steps))
-    folder = cache / f"{task}-{steps}"
-    if (folder / "model.safetensors").exists():
-        return str(folder)
-    print(f"Fine-tuning the expert of {task} (first run only)")
-    names = splits["train"].features["label"].names
+def finetune_missing(experts, steps, base, tokenizer, data):
+    """Fine-tunes the experts whose folders are not there yet, two at a time, the longest first."""
+    missing = [task for task in sorted(TASKS, key=TASKS.get, reverse=True) if not Path(experts[task]).exists()]
+    if not missing:
+        return
+    done = SPAWN.Value("i", 0)  # steps of all
+    with (
+        ProcessPoolExecutor(2, SPAWN, initializer=Progress.share, initargs=(done,)) as pool,
+        tqdm(total=sum(steps[task] for task in missing), desc="fine-tuning the experts (first run only)") as bar,
+    ):
+        jobs = [
+            pool.submit(finetune, experts[task], steps[task], base, tokenizer, task, data[task]["train"])
+            for task in missing
+        ]
+        while not all(job.done() for job in jobs):
+            time.sleep(0.2)
+            bar.update(done.value - bar.n)
+        bar.update(done.value - bar.n)
+        for job in jobs:
+            job.result()  # raises what the job raised
+
+
+class Progress(TrainerCallback):
+    """Counts the steps of the processes that fine-tune."""
+
+    @classmethod
+    def share(cls, done):
+        cls.done = done
+
+    def on_step_end(self, *args, **kwargs):
+        with self.done.get_lock():
+            self.done.value += 1
+
+
+def finetune(folder, steps, base, tokenizer, task, train):
+    """Saves the task's expert to `folder`: encoder and head fine-tuned, the embeddings frozen."""
+    set_up()
+    names = train.features["label"].names
     torch.manual_seed(list(TASKS).index(task))
     model = AutoModelForSequenceClassification.from_pretrained(
         base,
@@ -174,22 +201,53 @@ def finetune(args, cache, base, tokenizer, task, splits):
         optimizer, lambda step: min(1.0, (step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=f"{folder}.new",
         max_steps=steps,
         per_device_train_batch_size=32,
         train_sampling_strategy="group_by_length",
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         seed=0,
-        disable_tqdm=False,
+        disable_tqdm=True,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
     )
     collate = DataCollatorWithPadding(tokenizer)
-    Trainer(model, arguments, collate, splits["train"], optimizers=(optimizer, schedule)).train()
-    model.save_pretrained(folder)
-    return str(folder)
+    trainer = Trainer(model, arguments, collate, train, optimizers=(optimizer, schedule), callbacks=[Progress()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.save_pretrained(f"{folder}.new")
+    os.replace(f"{folder}.new", folder)  # so that a folder is a whole expert
+
+
+def make_trainer(base, experts, tokenizer, adaptation, evaluation, output, steps, objective, tint_layer, **arguments):
+    """A trainer of the four experts merged at 0.3."""
+    model = AutoModelForSequenceClassification.from_pretrained(base, **ATTENTION)
+    config = TintConfig(experts=experts, tint_layer=tint_layer, coefficient_init=0.3, task_type="SEQ_CLS")
+    return TintTrainer(
+        get_peft_model(model, config),
+        TintTrainingArguments(output, max_steps=steps, per_device_eval_batch_size=128, bf16=True, **arguments),
+        train_dataset=adaptation,
+        eval_dataset=evaluation,
+        objective=objective,
+        processing_class=tokenizer,
+    )
+
+
+def score_others(make):
+    """In a process beside: the scores of the ways to merge that Tint is compared with."""
+    set_up()
+    datasets.disable_progress_bars()
+    arguments = {"update": "joint", "per_device_train_batch_size": 16, "disable_tqdm": True}
+    trainer = make("entropy", [], **arguments)
+    scores = {}
+    for method, coefficient in {"pretrained": 0.0, "average": 1 / len(TASKS), "task arithmetic 0.3": 0.3}.items():
+        trainer.model.set_coefficients(coefficient)
+        scores[method] = trainer.evaluate()
+    trainer.train()
+    scores["AdaMerging"] = trainer.evaluate()
+    return scores
 
 
 @torch.no_grad()
