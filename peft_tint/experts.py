@@ -1,5 +1,6 @@
 """Loads experts (full checkpoints fine-tuned from one base model) and checks them tensor by tensor."""
 
+import copy
 import os
 import warnings
 from collections.abc import Mapping
@@ -7,10 +8,26 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file, find_adapter_config_file
+
+from .task_vectors import LowRank
 
 REFERENCE_KEYS = ("id", "revision", "subfolder")
 # Settings, by their names in various models, that change what a model computes but the shape of no tensor.
@@ -27,12 +44,15 @@ UNRELATED_COSINE = 0.05
 
 
 class Expert(NamedTuple):
-    """One expert: its tensors under the base model's names, and its module and config where there are any."""
+    """One expert: its tensors under the base model's names, and its module and config where there are any.
+
+    The weights that `low_rank` names are those in `tensors` plus `low_rank[name].dense()`."""
 
     task: str
     tensors: dict[str, torch.Tensor]
     module: nn.Module | None
     config: PretrainedConfig | None
+    low_rank: dict[str, LowRank] = {}  # noqa: RUF012, never changed
 
 
 def load_expert(task: str, source, base: nn.Module) -> Expert:
@@ -44,7 +64,9 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
     """
     if isinstance(source, nn.Module):
         if hasattr(source, "peft_config"):
-            raise ValueError(f"Expert {task!r} is a model with a PEFT adapter; give `merge_and_unload()` of it.")
+            if not isinstance(source, PeftModel):
+                raise ValueError(f"Expert {task!r} has adapters without being a PeftModel; give its merged weights.")
+            return _from_adapter(task, copy.deepcopy(source))
         return Expert(task, source.state_dict(), source, getattr(source, "config", None))
     if isinstance(source, Mapping) and source and all(isinstance(value, torch.Tensor) for value in source.values()):
         return Expert(task, dict(source), None, None)
@@ -62,6 +84,8 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
     folder = os.path.join(location, where.get("subfolder", ""))
     if os.path.isdir(location):
         _check_folder(task, folder)
+    if find_adapter_config_file(location, **where):
+        return _load_adapter(task, location, where, base)
     if not isinstance(base, PreTrainedModel):
         file = os.path.join(folder, "model.safetensors")
         if not os.path.isdir(location):
@@ -98,11 +122,6 @@ def _check_folder(task, folder):
     if not os.path.isdir(folder):
         raise ValueError(f"Expert {task!r}: there is no folder {folder!r}. Check `subfolder`.")
     files = os.listdir(folder)
-    if "adapter_config.json" in files:
-        raise ValueError(
-            f"Expert {task!r} in {folder!r} is a PEFT adapter, not a full checkpoint. Load it with PEFT, save "
-            "`merge_and_unload()` of it, and give that folder."
-        )
     if not any(file.endswith(".safetensors") for file in files):
         for file in sorted(files):
             _refuse_pickle(task, file)
@@ -137,6 +156,116 @@ def _load_transformers_model(task, location, where, base):
         if names:
             raise ValueError(f"Expert {task!r} from {location!r} {problem} {_listing(names)}. {remedy}")
     return Expert(task, model.state_dict(), model, model.config)
+
+
+def _load_adapter(task, location, where, base):
+    """An expert that is an adapter of the base model."""
+    try:
+        config = PeftConfig.from_pretrained(location, **where)
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"Expert {task!r}: the adapter in {location!r} is of no kind that PEFT knows.") from error
+    if not hasattr(tuner, "merge_and_unload"):
+        raise ValueError(
+            f"Expert {task!r} is an adapter of the type {config.peft_type.value}, which changes no weights, so there "
+            "is nothing to merge. Give full checkpoints, or adapters such as LoRA."
+        )
+    weights = _named(task, location, _load_adapter_weights, task, location, where)
+    model = without_adapters(base)
+    tensors = dict(model.named_parameters())
+    for key, tensor in weights.items():  # a head of the adapter's own size
+        name = key.removeprefix("base_model.model.")
+        if name in tensors and tensors[name].shape != tensor.shape:
+            owner, _, leaf = name.rpartition(".")
+            set_tensor(model.get_submodule(owner), leaf, torch.empty_like(tensor))
+    config.inference_mode = True
+    adapter = get_peft_model(model, config)
+    set_peft_model_state_dict(adapter, weights)
+    expected = get_peft_model_state_dict(adapter, save_embedding_layers=False).keys()
+    missing, extra = expected - weights.keys(), weights.keys() - expected - adapter.state_dict().keys()
+    if missing or extra:
+        problem = f"has no {_listing(missing)}" if missing else f"also has {_listing(extra)}"
+        raise ValueError(
+            f"Expert {task!r}: the adapter in {location!r} {problem}. It does not fit {type(base).__name__}; load the "
+            "base as the class that the adapter was trained on."
+        )
+    return _from_adapter(task, adapter)
+
+
+def without_adapters(model):
+    """A copy of the model as it was before any adapter."""
+    model = copy.deepcopy(model)
+    vars(model).pop("peft_config", None)
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if isinstance(child, AuxiliaryTrainingWrapper):
+                module._modules[name] = child.original_module
+            elif isinstance(child, BaseTunerLayer):
+                plain = child.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                if plain is module:  # the layer of the model's own parameters
+                    del module._modules[name]
+                else:
+                    module._modules[name] = plain
+    return model
+
+
+def _load_adapter_weights(task, location, where):
+    names = [
+        file
+        for file in ("adapter_model.safetensors", "adapter_model.bin")
+        if cached_file(
+            location, file, **where, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
+        )
+    ]
+    if "adapter_model.safetensors" not in names:
+        for file in names:
+            _refuse_pickle(task, file)
+        raise ValueError(f"Expert {task!r}: {location!r} has an adapter_config.json but no adapter_model.safetensors.")
+    return load_peft_weights(location, device="cpu", **where)
+
+
+def _from_adapter(task, adapter):
+    """Plain LoRA layers stay low-rank; all else that an adapter changes (DoRA, biases, heads) is merged. Uses it up."""
+    low_rank, active = {}, adapter.active_adapter
+    for name, layer in adapter.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer) and (factors := _lora_factors(layer, active)):
+            low_rank[f"{name.replace('.base_layer', '')}.weight"] = factors
+    try:
+        model = adapter.merge_and_unload()
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        kind = adapter.peft_config[active].peft_type.value
+        raise ValueError(f"Expert {task!r} is an adapter of the type {kind}, which PEFT cannot merge.") from error
+    return Expert(task, model.state_dict(), model, None, low_rank)
+
+
+def _lora_factors(layer, adapter):
+    """The factors of a plain LoRA layer, whose part is taken out of the layer; None for one that does more."""
+    base = layer.get_base_layer()
+    if adapter in layer.lora_variant or layer.merged or type(base) not in (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d):
+        return None
+    if isinstance(base, nn.Conv2d) and base.groups > 1:
+        return None
+    if adapter in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    elif adapter in layer.lora_A:
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    else:
+        return None
+    a, b, taken_out = a.data, b.data.clone(), b.data
+    taken_out.zero_()
+    if isinstance(base, nn.Conv2d):
+        b = b.flatten(1)
+    if isinstance(base, nn.Embedding | Conv1D):  # whose weight is stored transposed
+        a, b = b.t(), a.t()
+    return LowRank(b.contiguous(), a.contiguous(), layer.scaling[adapter])
+
+
+def set_tensor(module, name, tensor):
+    """Puts another parameter or buffer, maybe of another size, in the place of one."""
+    parameter = isinstance(getattr(module, name), nn.Parameter)
+    setattr(module, name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if parameter else tensor)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
 
 
 def check_expert(

@@ -1,6 +1,73 @@
 """Task vectors (arXiv:2212.04089): what fine-tuning added to each tensor, and how a sum of them is applied."""
 
+from typing import NamedTuple
+
 import torch
+from torch import nn
+
+
+class LowRank(NamedTuple):
+    """The task vector of a LoRA expert: `scale * b @ a`, with b of shape (d, r) and a of shape (r, the other axes)."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+
+    def dense(self) -> torch.Tensor:
+        """As a matrix of shape (d, product of the other axes), in float32."""
+        return self.scale * self.b.float() @ self.a.float()
+
+
+class TaskVectors(nn.Module):
+    """The task vectors of one parameter: full ones as a stack, those of LoRA experts as factors side by side.
+
+    `dense` and `low_rank` are {index of the task: tensor of the parameter's shape or LowRank}; a task in neither did
+    not change the parameter. Nothing here is saved or trained.
+    """
+
+    def __init__(self, dense: dict[int, torch.Tensor], low_rank: dict[int, LowRank]):
+        super().__init__()
+        ranks = [(task, factors.scale) for task, factors in low_rank.items() for _ in range(len(factors.a))]
+        buffers = {
+            "dense": torch.stack(list(dense.values())) if dense else None,  # (tasks that are dense, *shape)
+            "dense_tasks": torch.tensor(list(dense), dtype=torch.long),
+            "b": torch.cat([factors.b for factors in low_rank.values()], 1) if low_rank else None,  # (d, all ranks)
+            "a": torch.cat([factors.a for factors in low_rank.values()], 0) if low_rank else None,
+            "rank_tasks": torch.tensor([task for task, _ in ranks], dtype=torch.long),
+            "rank_scales": torch.tensor([scale for _, scale in ranks]),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def dtype(self):
+        return (self.b if self.dense is None else self.dense).dtype
+
+    def rank_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """The factor of each column of `b` and row of `a`, in float32. `coefficients` has shape (tasks,)."""
+        return coefficients.float()[self.rank_tasks] * self.rank_scales.float()
+
+    def merge(self, weight: torch.Tensor, coefficients: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
+        """W0 + sum_k lambda_k tau_k, differentiable in `coefficients`; without the LoRA experts if not `low_rank`."""
+        if self.dense is not None:
+            some = len(self.dense_tasks) < len(coefficients)
+            weight = merge_weight(weight, coefficients[self.dense_tasks] if some else coefficients, self.dense)
+        if low_rank and self.a is not None:
+            weight = (weight.to(_wide(weight)) + self._low_rank_sum(coefficients, weight)).to(weight.dtype)
+        return weight
+
+    def bake(self, weight: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        """As `merge`, by plain additions: the very numbers of W0 + (lambda_1 tau_1 + lambda_2 tau_2 + ...)."""
+        total = torch.zeros_like(weight, dtype=_wide(weight))
+        for row, task in enumerate(self.dense_tasks.tolist()):
+            total += coefficients[task] * self.dense[row].to(total.dtype)
+        if self.a is not None:
+            total += self._low_rank_sum(coefficients, weight)
+        return (weight.to(total.dtype) + total).to(weight.dtype)
+
+    def _low_rank_sum(self, coefficients, weight):
+        scaled = self.b.to(_wide(weight)) * self.rank_coefficients(coefficients)
+        return (scaled @ self.a.to(_wide(weight)).flatten(1)).view(weight.shape)
 
 
 def compute_task_vector(expert: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -27,7 +94,7 @@ class _MergeWeight(torch.autograd.Function):
     def forward(ctx, weight, coefficients, task_vectors):
         ctx.save_for_backward(task_vectors)
         ctx.coefficients_dtype = coefficients.dtype
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = _wide(weight)
         with torch.autocast(weight.device.type, enabled=False):
             stack, coefficients = (
                 task_vectors.flatten(1).to(dtype),
@@ -43,10 +110,14 @@ class _MergeWeight(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (task_vectors,) = ctx.saved_tensors
-        dtype = torch.promote_types(grad.dtype, torch.float32)
+        dtype = _wide(grad)
         grad_coefficients = None
         if ctx.needs_input_grad[1]:
             with torch.autocast(grad.device.type, enabled=False):
                 grad_coefficients = torch.mv(task_vectors.flatten(1).to(dtype), grad.to(dtype).flatten())
             grad_coefficients = grad_coefficients.to(ctx.coefficients_dtype)
         return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None
+
+
+def _wide(tensor):
+    return torch.promote_types(tensor.dtype, torch.float32)

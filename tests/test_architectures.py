@@ -65,7 +65,7 @@ def test_expert_context_is_the_expert(architecture, task):
 
 @torch.no_grad()
 def test_forward_and_merge_equal_naive_merging(architecture):
-    """Every tensor is accounted for: the merged state dict is the naive one, name by name."""
+    """Every tensor is accounted for: the merged state dict is that of plain task arithmetic, with no difference."""
     model, experts, before = build(architecture)
     units = model.coefficients().units
     values = torch.rand(len(TASKS), len(units), generator=torch.Generator().manual_seed(3))
@@ -73,7 +73,8 @@ def test_forward_and_merge_equal_naive_merging(architecture):
     model.set_task("y")
     logits = output(model, architecture.inputs)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(output(merged, architecture.inputs), logits, rtol=1e-5, atol=1e-5)
+    scale = max(1.0, logits.abs().max().item())
+    torch.testing.assert_close(output(merged, architecture.inputs), logits, rtol=0, atol=1e-5 * scale)
     columns = dict(zip(units, values.t(), strict=True))
     seen = {}
     for name, tensor in merged.named_parameters(remove_duplicate=False):
@@ -83,10 +84,9 @@ def test_forward_and_merge_equal_naive_merging(architecture):
             assert architecture.has_head
             expected = experts["y"].state_dict()[name]  # the head, which is not merged
         else:
-            expected = before[name]
-            for coefficient, task in zip(column, TASKS, strict=True):
-                expected = expected + coefficient * (experts[task].state_dict()[name] - before[name])
-        torch.testing.assert_close(tensor.data, expected, rtol=1e-6, atol=1e-6, msg=name)
+            changes = [experts[task].state_dict()[name] - before[name] for task in TASKS]
+            expected = before[name] + sum(c * change for c, change in zip(column, changes, strict=True))
+        assert torch.equal(tensor.data, expected), name
     assert set(columns) <= set(dict(merged.named_parameters()))
 
 

@@ -7,13 +7,15 @@ import copy
 import warnings
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.integrations import _skip_init_on_device
 from torch import nn
 
-from ..experts import check_expert, load_expert
-from ..task_vectors import compute_task_vector
+from ..experts import check_expert, load_expert, set_tensor
+from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._structure import (
     find_head,
     find_layers,
@@ -35,13 +37,24 @@ LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
 class Plan:
     """Keys are module names as they were before any adapter."""
 
-    task_vectors: dict[str, dict[str, torch.Tensor]]  # module -> parameter -> (tasks, *shape), where an expert differs
-    tied: dict[str, dict[str, tuple[str, str]]]  # module -> parameter -> the (module, parameter) that merges it
     trainable: dict[str, bool]  # module with a copy per task -> is it (part of) the tint layer
-    task_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the copy to train
+    tied: dict[str, dict[str, tuple[str, str]]]  # module -> parameter -> the (module, parameter) that merges it
+    task_vectors: dict[str, dict[str, TaskVectors]]  # module -> parameter, where an expert differs
     expert_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the expert's own
+    task_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the copy to train
     labels: dict[str, dict]  # task -> label fields of the config
     unmerged: dict[str, dict[str, torch.Tensor]]  # task -> parameter that differs but is no target -> the expert's
+
+
+class Base(NamedTuple):
+    """The base model, and which of its tensors are merged."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    tensors: dict[str, torch.Tensor]  # parameters and buffers under all their names
+    buffers: set[str]
+    per_task: set[str]  # the tensors of the modules with a copy per task
+    owned: dict[str, tuple[str, str]]  # tensor to merge, by one name -> its module and parameter
 
 
 def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
@@ -55,57 +68,78 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             f"Target modules {config.target_modules} not found in the base model. "
             "Please check the target modules and try again."
         )
-    task_vectors = {}
-    for name, parameters in targets.items():
-        owned = {leaf: p for leaf, p in parameters.items() if leaf not in tied.get(name, {})}
-        task_vectors[name] = {leaf: p.new_empty((len(sources), *p.shape)) for leaf, p in owned.items()}
-
+    owned = {
+        join(name, leaf): (name, leaf)
+        for name, parameters in targets.items()
+        for leaf in parameters
+        if leaf not in tied.get(name, {})
+    }
     per_task = {name for name in tensors if is_under(name, trainable)}
-    expert_modules = {name: {} for name in trainable}
-    labels, unmerged = {}, {}
-    merged = {id(parameter) for parameters in targets.values() for parameter in parameters.values()}
-    for index, (task, source) in enumerate(sources.items()):
-        expert = load_expert(task, source, model)
-        check_expert(expert, tensors, per_task, buffers - per_task, getattr(model, "config", None))
-        # by the base's tensor, since a state dict may have a tied one under another of its names
-        of_expert = {id(tensors[name]): value for name, value in expert.tensors.items()}
-        for module, stacks in task_vectors.items():
-            for leaf, stack in stacks.items():
-                base = tensors[join(module, leaf)]
-                stack[index] = compute_task_vector(of_expert[id(base)].to(base.device), base.detach())
-        for name in trainable:
-            expert_modules[name][task] = _expert_module(expert, name, modules[name], tensors, of_expert)
-        labels[task] = _labels(expert, model, [expert_modules[name][task] for name in trainable])
-        unmerged[task] = {
-            name: of_expert[id(tensor)].to(tensor).clone()
-            for name, tensor in tensors.items()
-            if id(tensor) not in merged and name not in per_task | buffers
-            if not torch.equal(of_expert[id(tensor)].to(tensor), tensor)
-        }
-
-    # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
-    task_vectors = {
-        module: {leaf: stack for leaf, stack in stacks.items() if stack.any()}
-        for module, stacks in task_vectors.items()
-    }
-    tied = {
-        module: kept
-        for module, ties in tied.items()
-        if (kept := {leaf: (owner, there) for leaf, (owner, there) in ties.items() if there in task_vectors[owner]})
-    }
-    task_vectors = {module: stacks for module, stacks in task_vectors.items() if stacks or module in tied}
-
-    task_modules = {
-        name: _initial_modules(config, name, modules[name], copies, train)
-        for (name, train), copies in zip(trainable.items(), expert_modules.values(), strict=True)
-    }
+    base = Base(model, modules, tensors, buffers, per_task, owned)
+    plan = Plan(trainable, tied, {}, {name: {} for name in trainable}, {}, {}, {})
+    dense, low_rank = ({name: {} for name in owned} for _ in range(2))  # tensor -> index of task -> what it changed
+    # under PEFT's `low_cpu_mem_usage` modules are made on the meta device, where an expert would lose its weights
+    with _skip_init_on_device():
+        for index, (task, source) in enumerate(sources.items()):
+            expert = load_expert(task, source, model)
+            check_expert(expert, tensors, per_task, buffers - per_task, getattr(model, "config", None))
+            _add_expert(plan, base, expert, index, dense, low_rank)
+        for name, (module, leaf) in owned.items():
+            plan.task_vectors.setdefault(module, {})
+            # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
+            if dense[name] or low_rank[name]:
+                plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name))
+    _drop_unchanged(plan)
+    for name, copies in plan.expert_modules.items():
+        plan.task_modules[name] = _initial_modules(config, name, modules[name], copies, trainable[name])
     if config.tint_layer is None and not trainable:
         warnings.warn(
             f"{type(model).__name__} has no head that belongs to a task, so only coefficients will train (as in "
             "AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
             stacklevel=2,
         )
-    return Plan(task_vectors, tied, trainable, task_modules, expert_modules, labels, unmerged)
+    return plan
+
+
+def _add_expert(plan, base, expert, index, dense, low_rank):
+    """Accounts for each tensor of an expert: it is merged, the task's own, or kept as it is for `TintModel.expert`."""
+    # by the base's tensor, since a state dict may have a tied one under another of its names
+    of_expert = {id(base.tensors[name]): value for name, value in expert.tensors.items()}
+    for name, factors in expert.low_rank.items():
+        if name in base.owned:
+            device = base.tensors[name].device
+            low_rank[name][index] = LowRank(factors.b.to(device), factors.a.to(device), factors.scale)
+        else:
+            tensor = of_expert[id(base.tensors[name])]
+            tensor += factors.dense().view(tensor.shape).to(tensor)
+    for name in base.owned:
+        weight = base.tensors[name].detach()
+        change = compute_task_vector(of_expert[id(base.tensors[name])].to(weight.device), weight).to(weight.dtype)
+        if change.any():
+            dense[name][index] = change
+    for name, copies in plan.expert_modules.items():
+        copies[expert.task] = _expert_module(expert, name, base.modules[name], base.tensors, of_expert)
+    heads = [copies[expert.task] for copies in plan.expert_modules.values()]
+    plan.labels[expert.task] = _labels(expert, base.model, heads)
+    merged = {id(base.tensors[name]) for name in base.owned}
+    plan.unmerged[expert.task] = {
+        name: of_expert[id(tensor)].to(tensor).clone()
+        for name, tensor in base.tensors.items()
+        if id(tensor) not in merged and name not in base.per_task | base.buffers
+        if not torch.equal(of_expert[id(tensor)].to(tensor), tensor)
+    }
+
+
+def _drop_unchanged(plan):
+    """Leaves out ties to a parameter that no expert changed, and modules of which nothing is left."""
+    plan.tied = {
+        module: kept
+        for module, ties in plan.tied.items()
+        if (kept := {leaf: (at, there) for leaf, (at, there) in ties.items() if there in plan.task_vectors[at]})
+    }
+    for module in plan.tied:
+        plan.task_vectors.setdefault(module, {})
+    plan.task_vectors = {module: own for module, own in plan.task_vectors.items() if own or module in plan.tied}
 
 
 def _per_task_modules(config, model, modules):
@@ -173,14 +207,11 @@ def _expert_module(expert, name, base_module, tensors, of_expert):
     else:
         module = copy.deepcopy(base_module)
         for path, child in module.named_modules():
-            for leaf, value in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
+            for leaf, _ in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
                 full_name = ".".join(filter(None, (name, path, leaf)))
                 if full_name not in tensors:  # a buffer that is not saved
                     continue
-                theirs = of_expert[id(tensors[full_name])].detach().clone()
-                setattr(child, leaf, nn.Parameter(theirs) if isinstance(value, nn.Parameter) else theirs)
-            if isinstance(child, nn.Linear):
-                child.out_features, child.in_features = child.weight.shape
+                set_tensor(child, leaf, of_expert[id(tensors[full_name])].detach().clone())
     return module.to(reference.device, reference.dtype).requires_grad_(True)
 
 

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from operator import attrgetter
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-
-from ..task_vectors import merge_weight
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 # These read the weights of their children without calling them, so they are wrapped as one unit.
 UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -20,11 +19,12 @@ class MergedLayer(nn.Module, BaseTunerLayer):
     """Wraps a module; its own parameters become W0 + sum_k lambda_k tau_k while its forward runs.
 
     Per adapter it holds the coefficients, of shape (units, tasks) with one row a parameter or one row for all, and the
-    task vectors, {parameter name: (tasks, *shape)}, as buffers that are not saved.
+    task vectors, {parameter name: TaskVectors}, which are not saved.
 
     The merged tensors are put into the wrapped module's `__dict__` for the call, where they hide the parameters of
     the same name. This serves every kind of module alike (position embeddings and cls tokens too) and leaves names,
-    hooks, pickling and gradient checkpointing as they are.
+    hooks, pickling and gradient checkpointing as they are. LoRA experts add to the output instead, where the module is
+    one that allows it: that takes no gradient of the size of a weight.
     """
 
     adapter_layer_names = ("tint_coefficients",)
@@ -51,57 +51,70 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         self.units[adapter_name] = units
         if task_vectors:
             self.tint_coefficients[adapter_name] = coefficients
-            self.tint_task_vectors[adapter_name] = BufferDict(persistent=False)
-            for name, stack in task_vectors.items():  # one by one, for BufferDict sorts a dict that it is given
-                self.tint_task_vectors[adapter_name][name.replace(".", "/")] = stack
+            self.tint_task_vectors[adapter_name] = nn.ModuleDict(
+                {name.replace(".", "/"): vectors for name, vectors in task_vectors.items()}
+            )
 
     @property
     def added_adapters(self):
         return self.units.keys()
 
-    def merged_tensors(self, adapter_names=None) -> dict[str, torch.Tensor]:
+    def merged_tensors(self, adapter_names=None, low_rank=True) -> dict[str, torch.Tensor]:
         """The merged value of each parameter that the given adapters (default: the active ones) change."""
         if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
             return self._in_forward
         merged = {}
-        for adapter in self.active_adapters if adapter_names is None else adapter_names:
-            if adapter not in self.tint_coefficients:
-                continue
-            coefficients = self.tint_coefficients[adapter]
-            rows = coefficients.expand(len(self.tint_task_vectors[adapter]), -1)
-            for row, (key, stack) in zip(rows, self.tint_task_vectors[adapter].items(), strict=True):
-                name = key.replace("/", ".")
-                # not get_parameter(): FSDP puts plain tensors in the parameters' place
-                weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
-                if self.expert is None:
-                    merged[name] = merge_weight(weight, row, stack)
-                elif self.expert[0] == adapter:
-                    merged[name] = weight + stack[self.expert[1]]
+        for name, coefficients, vectors in self._terms(adapter_names):
+            # not get_parameter(): FSDP puts plain tensors in the parameters' place
+            weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
+            merged[name] = vectors.merge(weight, coefficients, low_rank)
         for name, (owner, name_there) in self.tied.items():
             values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
             if name_there in values:
                 merged[name] = values[name_there]
         return merged
 
+    def _terms(self, adapter_names=None):
+        """(parameter name, coefficients of shape (tasks,), TaskVectors) of all that is added to the base."""
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if adapter not in self.tint_coefficients or (self.expert and self.expert[0] != adapter):
+                continue
+            rows = self.tint_coefficients[adapter].expand(len(self.tint_task_vectors[adapter]), -1)
+            for row, (key, vectors) in zip(rows, self.tint_task_vectors[adapter].items(), strict=True):
+                if self.expert is not None:
+                    row = torch.zeros_like(row).index_fill(0, torch.tensor(self.expert[1], device=row.device), 1.0)
+                yield key.replace("/", "."), row, vectors
+
     def forward(self, *args, **kwargs):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
-        self._in_forward = self.merged_tensors()
+        low_rank = [
+            (coefficients, vectors)
+            for name, coefficients, vectors in self._terms()
+            if name == "weight" and vectors.a is not None and adds_low_rank(self.base_layer)
+        ]
+        self._in_forward = self.merged_tensors(low_rank=not low_rank)
         try:
             with _shadowed(self.base_layer, self._in_forward):
-                return self.base_layer(*args, **kwargs)
+                output = self.base_layer(*args, **kwargs)
         finally:
             self._in_forward = None
+        for coefficients, vectors in low_rank:
+            output = output + low_rank_output(self.base_layer, args[0], vectors, coefficients).to(output.dtype)
+        return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Writes the merged weights into the base layer; `unmerge` restores the very tensors it had."""
         adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.tint_coefficients]
         if not adapter_names:
             return
+        merged = {}
         with torch.no_grad():
-            merged = self.merged_tensors(adapter_names)
+            for name, coefficients, vectors in self._terms(adapter_names):
+                weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
+                merged[name] = vectors.bake(weight, coefficients)
         if safe_merge:
             for weight in merged.values():
                 if not torch.isfinite(weight).all():
@@ -109,8 +122,6 @@ class MergedLayer(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken"
                     )
         for name, weight in merged.items():
-            if name in self.tied:  # written by its owner into the one shared parameter
-                continue
             parameter = attrgetter(name)(self.base_layer)
             self._unmerged.setdefault(name, parameter.data)
             parameter.data = weight
@@ -166,6 +177,28 @@ class MergedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self):
         return "tint." + super().__repr__()
+
+
+def adds_low_rank(module: nn.Module) -> bool:
+    """Whether `low_rank_output` knows what the module does. Not a subclass, whose forward may do something else."""
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None)
+
+
+def low_rank_output(module, x, vectors, coefficients):
+    """What sum_k lambda_k scale_k b_k a_k of the weight adds to the module's output for the input `x`."""
+    a, b = vectors.a, vectors.b
+    c = vectors.rank_coefficients(coefficients).to(a.dtype)
+    if type(module) is nn.Embedding:
+        return (F.embedding(x, b) * c) @ a
+    x = x.to(a.dtype)
+    if type(module) is nn.Linear:
+        return F.linear(F.linear(x, a) * c, b)
+    if type(module) is Conv1D:  # transformers' one, a linear layer whose weight is transposed
+        return ((x @ b) * c) @ a
+    inner = F.conv2d(x, a, None, module.stride, module.padding, module.dilation)
+    return F.conv2d(inner * c[:, None, None], b[:, :, None, None])
 
 
 class RootMergedLayer(MergedLayer):

@@ -171,7 +171,9 @@ class TintModel(BaseTuner):
         base, _ = named_tensors(dict(plain_modules(self.model)))
         tensors = list(base.values())
         for layer in self._merged_layers():
-            tensors += [stack[self.tasks.index(task)] for stack in layer.tint_task_vectors[self._adapter].values()]
+            for vectors in layer.tint_task_vectors[self._adapter].values():
+                tensors.append(torch.tensor(self.tasks.index(task)))
+                tensors += vectors.buffers()
         for layer in self._per_task_layers():
             tensors += layer.expert_modules[self._adapter][task].parameters()
         tensors += self._unmerged[self._adapter][task].values()
@@ -262,8 +264,8 @@ class TintModel(BaseTuner):
             for layer in self.model.modules():
                 if isinstance(layer, MergedLayer) and adapter_name in layer.tint_coefficients:
                     coefficients = layer.tint_coefficients[adapter_name]
-                    stack = next(iter(layer.tint_task_vectors[adapter_name].values()))
-                    coefficients.data = coefficients.data.to(stack.dtype)
+                    vectors = next(iter(layer.tint_task_vectors[adapter_name].values()))
+                    coefficients.data = coefficients.data.to(vectors.dtype)
 
     def _prepare_adapter_config(self, config, model_config):
         return config  # `target_modules=None` is a rule of ours, not a gap to fill
@@ -365,7 +367,7 @@ class TintModel(BaseTuner):
         if not config.init_weights:
             low, high = config.coefficient_bounds or (-1.0, 1.0)
             values = low + (high - low) * torch.rand(values.shape)
-        device = next((stack.device for stack in vectors.values()), None)
+        device = next((own.dense_tasks.device for own in vectors.values()), None)
         coefficients = nn.Parameter(values.to(device))
         if len(units) == 1:
             self._shared[units[0]] = coefficients
