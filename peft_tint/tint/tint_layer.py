@@ -36,6 +36,8 @@ class TintLayer(ModulesToSaveWrapper):
     It is one of PEFT's `modules_to_save`, since PEFT by itself makes the classifier such a module for some task types.
     """
 
+    other_param_names = ("expert_modules",)
+
     def __init__(self, module, adapter_name, task_modules, expert_modules, trainable):
         super().__init__(module, adapter_name)
         self.add_adapter(adapter_name, task_modules, expert_modules, trainable)
@@ -66,6 +68,8 @@ class TintLayer(ModulesToSaveWrapper):
         self.modules_to_save[adapter_name].task = self.expert_modules[adapter_name].task = task
 
     def _forward_wrapped(self, *args, **kwargs):
+        if not self.active_adapters:
+            return self.original_module(*args, **kwargs)
         modules = self.expert_modules if self.as_expert else self.modules_to_save
         return modules[self.active_adapters[0]](*args, **kwargs)
 
