@@ -2,7 +2,7 @@
 
 from ._register import register
 from .evaluation import NormalizedAccuracy
-from .tint import Coefficients, TintConfig, TintModel, from_experts
+from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_adapter, set_task
 from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
 register("TINT", TintConfig, TintModel)
@@ -17,4 +17,6 @@ __all__ = [
     "TintTrainer",
     "TintTrainingArguments",
     "from_experts",
+    "hotswap_adapter",
+    "set_task",
 ]

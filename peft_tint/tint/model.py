@@ -5,7 +5,14 @@ from typing import NamedTuple
 
 import torch
 from datasets.fingerprint import Hasher
-from peft import get_peft_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -39,6 +46,42 @@ def from_experts(base: nn.Module, experts: dict, **config):
     return get_peft_model(base, config)
 
 
+def set_task(model: nn.Module, task: str) -> None:
+    """`TintModel.set_task` for a model that holds the adapter itself, by transformers' `add_adapter` or PEFT's
+    `inject_adapter_in_model`. Raises ValueError for a task that it does not have, and for a model without TINT."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), TintModel):
+            return hook.__self__.set_task(task)
+    raise ValueError(f"This {type(model).__name__} has no TINT adapter. Of a PeftModel, call `model.set_task(task)`.")
+
+
+def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "default", **kwargs) -> None:
+    """Puts the coefficients and tint layers of a saved tint in the place of those of a loaded one.
+
+    The experts are neither loaded nor changed, and no tensor is replaced, so a compiled model stays compiled. `kwargs`
+    go to the Hub (`revision`, `token`, ...). Raises ValueError where the saved tint has other experts or another
+    structure; the model is then as it was.
+    """
+    ours, theirs = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **kwargs)
+    for field in ("peft_type", "experts", "tasks", "target_modules", "exclude_modules", "tint_layer", "granularity"):
+        if getattr(ours, field) != getattr(theirs, field, None):
+            raise ValueError(
+                f"The tint in {model_id!r} has {field}={getattr(theirs, field, None)!r}, the adapter {adapter_name!r} "
+                f"has {getattr(ours, field)!r}. Load it with `load_adapter` instead."
+            )
+    weights = load_peft_weights(model_id, device="cpu", **kwargs)
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    for name in wanted.keys() ^ weights.keys():
+        raise ValueError(f"The tint in {model_id!r} and the adapter {adapter_name!r} differ in {name!r}.")
+    for name, tensor in wanted.items():
+        if tensor.shape != weights[name].shape:
+            raise ValueError(
+                f"The tint in {model_id!r} has {name!r} of shape {tuple(weights[name].shape)}, the adapter "
+                f"{adapter_name!r} has {tuple(tensor.shape)}."
+            )
+    set_peft_model_state_dict(model, weights, adapter_name)
+
+
 class TintModel(BaseTuner):
     """Multi-task merging of experts with trainable coefficients and one trainable layer per task.
 
@@ -49,6 +92,7 @@ class TintModel(BaseTuner):
 
     prefix = "tint_"
     _in_expert = False  # inside of `expert`
+    _mixed = False  # in a forward with `task_names`
     tuner_layer_cls = MergedLayer
     target_module_mapping = {}  # noqa: RUF012, PEFT's own declaration
 
@@ -67,14 +111,18 @@ class TintModel(BaseTuner):
         """Makes `task` the current one: its tint layer and head run, and the model's config has its labels.
 
         Raises ValueError for a task that the model does not have."""
-        if task not in self.tasks:
-            raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
+        self._check_tasks(task)
         if self._in_expert and task != self.task:
             raise ValueError("The model is an expert; leave the `expert` context before setting another task.")
         self._task[self._adapter] = task
         for layer in self._per_task_layers():
             layer.set_task(self._adapter, task)
         _set_labels(self.model, self._labels[self._adapter][task])
+
+    def _check_tasks(self, *tasks):
+        for task in tasks:
+            if task not in self.tasks:
+                raise ValueError(f"There is no task {task!r}; the tasks are {', '.join(map(repr, self.tasks))}.")
 
     def task_labels(self, task: str) -> dict:
         """`id2label`, `label2id` and `problem_type` of a task; {} for a model without labels."""
@@ -182,9 +230,17 @@ class TintModel(BaseTuner):
 
     def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None, task: str | None = None):
         """The merged model of one task (default: the current one), a plain model with that task's head and labels."""
+        if adapter_names:
+            self.set_adapter(adapter_names[0])
         if task is not None:
             self.set_task(task)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
 
     def unload(self):
         """The base model, with its own head and labels."""
@@ -215,8 +271,44 @@ class TintModel(BaseTuner):
                 layer.remove_hooks()
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "A forward of TINT has the weights of one merge, so `adapter_names` cannot mix adapters in a batch. "
+                "Tasks of one adapter can be mixed by `task_names`."
+            )
+        yield
+
+    def _take_task_names(self, model, args, kwargs):
+        """A mixed batch: `model(**inputs, task_names=[...])` names the task of each row."""
+        names = kwargs.pop("task_names", None)
+        if names is not None:
+            self._check_tasks(*names)
+            if self._in_expert:
+                raise ValueError("The model is one expert; leave the `expert` context to mix tasks in a batch.")
+            layers = self._per_task_layers()
+            if torch.is_grad_enabled() and set(layers) - set(self.head_layers):
+                if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+                    raise ValueError(
+                        "`task_names` is gone when gradient checkpointing runs a tint layer in the backbone again; use "
+                        "batches of one task each, or call `gradient_checkpointing_disable()`."
+                    )
+            for layer in layers:
+                layer.modules_to_save[self._adapter].task_names = list(names)
+            self._mixed = True
+        return args, kwargs
+
+    def _drop_task_names(self, model, args, output):
+        if self._mixed:
+            for layer in self._per_task_layers():
+                layer.modules_to_save[self._adapter].task_names = None
+            self._mixed = False
+
     @property
     def _adapter(self) -> str:
+        if not self.active_adapters:
+            raise ValueError("No adapter is active. Add one by `add_adapter` or `load_adapter`, or call `set_adapter`.")
         return self.active_adapters[0]
 
     @property
@@ -247,6 +339,15 @@ class TintModel(BaseTuner):
         if self._adapter in self._labels:  # not yet while it is being injected
             _set_labels(self.model, self._labels[self._adapter][self.task])
 
+    def delete_adapter(self, adapter_name):
+        super().delete_adapter(adapter_name)
+        for state in (self._task, self._labels, self._unmerged):
+            state.pop(adapter_name)
+        if not self.active_adapters:
+            _set_labels(self.model, self._base_labels)
+        elif self._adapter in self._labels:
+            _set_labels(self.model, self._labels[self._adapter][self.task])
+
     def _enable_adapter_layers(self, enabled=True):
         self._check_backbone()
         super()._enable_adapter_layers(enabled)
@@ -257,6 +358,7 @@ class TintModel(BaseTuner):
         self._labels: dict[str, dict[str, dict]] = {}  # adapter -> task -> label fields of the config
         self._unmerged: dict[str, dict[str, dict]] = {}  # adapter -> task -> parameters that only the expert has so
         self._base_labels = labels_of(getattr(model, "config", None))
+        self._hooks = []
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -296,6 +398,11 @@ class TintModel(BaseTuner):
             self._task[adapter_name] = next(iter(self._plan.labels))
             self._labels[adapter_name] = self._plan.labels
             self._unmerged[adapter_name] = self._plan.unmerged
+            if not self._hooks:
+                self._hooks = [
+                    model.register_forward_pre_hook(self._take_task_names, with_kwargs=True),
+                    model.register_forward_hook(self._drop_task_names, always_call=True),
+                ]
         finally:
             self._plan = self._layers = self._shared = None
         if adapter_name == self._adapter:

@@ -14,12 +14,16 @@ class TaskModules(nn.Module):
         # with the endings ("score", "classifier") by which PEFT looks for heads
         self.copies = nn.ModuleDict({f"{task}_task": module for task, module in modules.items()})
         self.task = next(iter(modules))
+        self.task_names = None  # one for each row of a mixed batch, while its forward runs
 
     def __getitem__(self, task):
         return self.copies[f"{task}_task"]
 
     def forward(self, *args, **kwargs):
-        return self[self.task](*args, **kwargs)
+        if self.task_names is None:
+            return self[self.task](*args, **kwargs)
+        outputs = {task: self[task](*args, **kwargs) for task in dict.fromkeys(self.task_names)}
+        return take_rows(outputs, self.task_names)
 
     def __getattr__(self, name):
         try:
@@ -28,6 +32,25 @@ class TaskModules(nn.Module):
             if "copies" not in self.__dict__.get("_modules", {}) or "task" not in self.__dict__:
                 raise
             return getattr(self[self.task], name)
+
+
+def take_rows(outputs: dict, tasks: list[str]):
+    """Row i of what the task `tasks[i]` gave. Where tasks differ in their classes, the ones that a row's task has not
+    are filled up with the lowest finite number."""
+    first = next(iter(outputs.values()))
+    if isinstance(first, tuple):
+        return tuple(take_rows({t: o[i] for t, o in outputs.items()}, tasks) for i in range(len(first)))
+    if not isinstance(first, torch.Tensor):
+        return first
+    if len(first) != len(tasks):
+        raise ValueError(f"`task_names` names {len(tasks)} tasks for a batch of {len(first)}; name one for each row.")
+    shape = [max(sizes) for sizes in zip(*(output.shape for output in outputs.values()), strict=True)]
+    rows = []
+    for i, task in enumerate(tasks):
+        row = outputs[task][i]
+        missing = [n for size, own in zip(shape[1:], row.shape, strict=True) for n in (size - own, 0)]
+        rows.append(nn.functional.pad(row, missing[::-1], value=torch.finfo(row.dtype).min) if any(missing) else row)
+    return torch.stack(rows)
 
 
 class TintLayer(ModulesToSaveWrapper):

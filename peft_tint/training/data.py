@@ -11,6 +11,21 @@ EXPERT_ROWS = "expert_rows"
 LABELS = ("labels", "label", "label_ids")
 
 
+def output_of(result) -> torch.Tensor:
+    """The tensor of a model's output that a task is about, with one more axis of one class for a depth map."""
+    if isinstance(result, torch.Tensor):
+        return result
+    if "start_logits" in result:  # question answering: two choices among the tokens
+        return torch.stack([result["start_logits"], result["end_logits"]], 1)
+    if "predicted_depth" in result:
+        return result["predicted_depth"].unsqueeze(1)
+    if "logits" in result:
+        return result["logits"]
+    raise ValueError(
+        f"The model gives {', '.join(result)}; it must give logits or a tensor. Wrap it in a module of yours."
+    )
+
+
 def to_rows(values: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
     """Model outputs or labels as rows on the first axis, and the number of rows of each sample.
 

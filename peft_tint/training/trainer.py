@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import NormalizedAccuracy
 from .arguments import TintTrainingArguments
-from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, to_rows
+from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
 from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
 
 
@@ -265,7 +265,7 @@ class TintTrainer:
             bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
             with self.accelerator.autocast(), bf16:
                 output = model(**inputs)
-                logits = (output if isinstance(output, torch.Tensor) else output.logits).float()
+                logits = output_of(output).float()
         finally:
             for hook in hooks:
                 hook.remove()
