@@ -84,7 +84,7 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
     folder = os.path.join(location, where.get("subfolder", ""))
     if os.path.isdir(location):
         _check_folder(task, folder)
-    if find_adapter_config_file(location, **where):
+    if _is_adapter(location, where):
         return _load_adapter(task, location, where, base)
     if not isinstance(base, PreTrainedModel):
         file = os.path.join(folder, "model.safetensors")
@@ -156,6 +156,13 @@ def _load_transformers_model(task, location, where, base):
         if names:
             raise ValueError(f"Expert {task!r} from {location!r} {problem} {_listing(names)}. {remedy}")
     return Expert(task, model.state_dict(), model, model.config)
+
+
+def _is_adapter(location, where):
+    try:
+        return find_adapter_config_file(location, **where) is not None
+    except OSError:  # no such folder, and no name of a repository either, of which loading will tell
+        return False
 
 
 def _load_adapter(task, location, where, base):

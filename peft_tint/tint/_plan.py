@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import _skip_init_on_device
 from torch import nn
 
-from ..experts import check_expert, load_expert, set_tensor
+from ..experts import check_expert, load_expert, set_tensor, without_adapters
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._structure import (
     find_head,
@@ -205,7 +205,7 @@ def _expert_module(expert, name, base_module, tensors, of_expert):
     if expert.module is not None:
         module = copy.deepcopy(expert.module.get_submodule(name))
     else:
-        module = copy.deepcopy(base_module)
+        module = without_adapters(base_module)
         for path, child in module.named_modules():
             for leaf, _ in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
                 full_name = ".".join(filter(None, (name, path, leaf)))

@@ -28,7 +28,7 @@ class MergedLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("tint_coefficients",)
-    other_param_names = ("tint_task_vectors", "units")
+    other_param_names = ("tint_task_vectors", "units", "shares_with")
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
         super().__init__()
@@ -37,6 +37,7 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         self.tint_task_vectors = nn.ModuleDict()
         self.units = {}  # adapter -> the names of the rows of its coefficients
         self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
+        self.shares_with = {}  # adapter -> the layer whose coefficients are ours too
         self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
         self.merged_adapters = []
         self._in_forward = None  # the merged tensors while the forward runs
@@ -58,6 +59,12 @@ class MergedLayer(nn.Module, BaseTunerLayer):
     @property
     def added_adapters(self):
         return self.units.keys()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
+        """PEFT calls this after it has put loaded parameters in the place of ours (`low_cpu_mem_usage`)."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        if adapter_name in self.shares_with and adapter_name in self.tint_coefficients:
+            self.tint_coefficients[adapter_name] = self.shares_with[adapter_name].tint_coefficients[adapter_name]
 
     def merged_tensors(self, adapter_names=None, low_rank=True) -> dict[str, torch.Tensor]:
         """The merged value of each parameter that the given adapters (default: the active ones) change."""
@@ -129,7 +136,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         if not self.merged:
-            if self.tint_coefficients:  # else all it has is tied, and its owner unmerges it
+            # else it is another adapter's, or all it has is tied and its owner unmerges it
+            if any(adapter in self.tint_coefficients for adapter in self.active_adapters):
                 warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         for name, weight in self._unmerged.items():
@@ -168,15 +176,19 @@ class MergedLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        # PEFT does not look below a tuner layer, but there may be more of ours
-        for module in self.base_layer.modules():
-            for name, child in module._modules.items():
-                if isinstance(child, MergedLayer | ModulesToSaveWrapper):
-                    module._modules[name] = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        unload_below(self.base_layer, merge, safe_merge, adapter_names)
         return self.base_layer
 
     def __repr__(self):
         return "tint." + super().__repr__()
+
+
+def unload_below(module, merge, safe_merge, adapter_names):
+    """Unloads the layers inside of a module that was wrapped itself: PEFT does not look below a wrapper."""
+    for parent in module.modules():
+        for name, child in parent._modules.items():
+            if isinstance(child, MergedLayer | ModulesToSaveWrapper):
+                parent._modules[name] = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
 
 def adds_low_rank(module: nn.Module) -> bool:

@@ -223,7 +223,7 @@ class TintModel(BaseTuner):
                 tensors.append(torch.tensor(self.tasks.index(task)))
                 tensors += vectors.buffers()
         for layer in self._per_task_layers():
-            tensors += layer.expert_modules[self._adapter][task].parameters()
+            tensors += layer.expert_modules[self._adapter][task].buffers()
         tensors += self._unmerged[self._adapter][task].values()
         parts = (t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for t in tensors)
         return Hasher.hash_bytes([f"{type(self.model).__name__} {config}".encode(), *parts])
@@ -336,7 +336,7 @@ class TintModel(BaseTuner):
 
     def set_adapter(self, adapter_name, inference_mode=False):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if self._adapter in self._labels:  # not yet while it is being injected
+        if self.active_adapters and self._adapter in self._labels:  # not yet while it is being injected
             _set_labels(self.model, self._labels[self._adapter][self.task])
 
     def delete_adapter(self, adapter_name):
@@ -387,7 +387,7 @@ class TintModel(BaseTuner):
         if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
-        self._shared = {}  # unit -> the coefficients that its layers share
+        self._shared = {}  # unit -> the layer whose coefficients the unit's other layers share
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._inject_below_wrappers(model, adapter_name, config)
@@ -405,7 +405,7 @@ class TintModel(BaseTuner):
                 ]
         finally:
             self._plan = self._layers = self._shared = None
-        if adapter_name == self._adapter:
+        if adapter_name in self.active_adapters[:1]:
             self.set_task(self.task)
 
     def _inject_below_wrappers(self, model, adapter_name, config):
@@ -448,7 +448,7 @@ class TintModel(BaseTuner):
         self._add_adapter(config, adapter_name, name, target)
 
     def _add_adapter(self, config, adapter_name, name, layer):
-        units, coefficients = self._make_coefficients(config, name)
+        units, coefficients = self._make_coefficients(config, adapter_name, name, layer)
         coefficients.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         layer.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
 
@@ -462,12 +462,13 @@ class TintModel(BaseTuner):
     def _check_merge_allowed(self):
         pass  # PEFT warns of tied weights, which are merged once here, for all their users
 
-    def _make_coefficients(self, config, module):
+    def _make_coefficients(self, config, adapter_name, module, layer):
         """The units of a layer and their coefficients (units, tasks), which layers of one unit share."""
         vectors = self._plan.task_vectors[module]
         units = list(dict.fromkeys(unit_name(config.granularity, module, leaf) for leaf in vectors))
         if len(units) == 1 and units[0] in self._shared:
-            return units, self._shared[units[0]]
+            layer.shares_with[adapter_name] = self._shared[units[0]]
+            return units, self._shared[units[0]].tint_coefficients[adapter_name]
         init = config.coefficient_init
         row = torch.tensor([float(init[task] if isinstance(init, dict) else init) for task in config.experts])
         values = row.repeat(len(units), 1)
@@ -477,8 +478,14 @@ class TintModel(BaseTuner):
         device = next((own.dense_tasks.device for own in vectors.values()), None)
         coefficients = nn.Parameter(values.to(device))
         if len(units) == 1:
-            self._shared[units[0]] = coefficients
+            self._shared[units[0]] = layer
         return units, coefficients
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        # without the marks of wrappers, for around a layer there may be one of another adapter
+        key = super()._remove_adapter_name_from_key(key, adapter_name)
+        return _plain(key) if "tint_coefficients" in key else key
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -492,12 +499,22 @@ class TintModel(BaseTuner):
                 "`merge_backbone` has baked the coefficients into the weights, so there are none to save. "
                 "Save the adapter before it, or save `merge_and_unload(task=...)`."
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        ours = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for none inside of another adapter's tint layer
+        return ours | {key: v for key, v in state_dict.items() if key.endswith(f".tint_coefficients.{adapter_name}")}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        keys = [key for key in model.state_dict() if key.endswith(f".tint_coefficients.{adapter_name}")]
+        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in keys}
+        names |= {f"base_model.model.{saved}": key for saved, key in names.items()}  # of a model without a PeftModel
+        state_dict = {names.get(key, key): value for key, value in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
 def _plain(name: str) -> str:
     """A module's name as it was before it, or one around it, was wrapped."""
-    return name.replace(".base_layer", "")
+    return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def _wrap_everywhere(model, layers):

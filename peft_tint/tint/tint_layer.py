@@ -4,6 +4,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from .merged_layer import unload_below
+
 
 class TaskModules(nn.Module):
     """One module per task, of which the current task's runs. Other attributes are read from that one."""
@@ -34,6 +36,17 @@ class TaskModules(nn.Module):
             return getattr(self[self.task], name)
 
 
+def without_parameters(module: nn.Module) -> nn.Module:
+    """The module with buffers that are not saved in the place of its parameters."""
+    for child in module.modules():
+        child._non_persistent_buffers_set.update(child._buffers)
+        for name, parameter in list(child._parameters.items()):
+            if parameter is not None:
+                del child._parameters[name]
+                child.register_buffer(name, parameter.detach(), persistent=False)
+    return module
+
+
 def take_rows(outputs: dict, tasks: list[str]):
     """Row i of what the task `tasks[i]` gave. Where tasks differ in their classes, the ones that a row's task has not
     are filled up with the lowest finite number."""
@@ -54,12 +67,11 @@ def take_rows(outputs: dict, tasks: list[str]):
 
 
 class TintLayer(ModulesToSaveWrapper):
-    """Holds per adapter one copy of a module for each task (trained and saved) and each expert's own (neither).
+    """Holds per adapter one copy of a module for each task (trained and saved) and each expert's own (neither, and no
+    parameters, so that whoever trains, saves, counts or initialises those does not see them).
 
     It is one of PEFT's `modules_to_save`, since PEFT by itself makes the classifier such a module for some task types.
     """
-
-    other_param_names = ("expert_modules",)
 
     def __init__(self, module, adapter_name, task_modules, expert_modules, trainable):
         super().__init__(module, adapter_name)
@@ -74,7 +86,7 @@ class TintLayer(ModulesToSaveWrapper):
     def add_adapter(self, adapter_name, task_modules: dict, expert_modules: dict, trainable: bool):
         """`task_modules` and `expert_modules` are {task: module}; `trainable` is False for a head that stays."""
         self.modules_to_save[adapter_name] = TaskModules(task_modules)
-        self.expert_modules[adapter_name] = TaskModules(expert_modules).requires_grad_(False)
+        self.expert_modules[adapter_name] = without_parameters(TaskModules(expert_modules))
         self.trainable[adapter_name] = trainable
         self._adapters.add(adapter_name)
         self.original_module.requires_grad_(False)
@@ -86,6 +98,9 @@ class TintLayer(ModulesToSaveWrapper):
 
     def update(self, adapter_name, **kwargs):
         """PEFT calls this for an adapter whose `modules_to_save` names this layer; its copies come by `add_adapter`."""
+
+    def check_set_adapter(self, adapter_name):
+        return super().check_set_adapter(adapter_name) if adapter_name else None
 
     def set_task(self, adapter_name, task):
         self.modules_to_save[adapter_name].task = self.expert_modules[adapter_name].task = task
@@ -118,10 +133,14 @@ class TintLayer(ModulesToSaveWrapper):
         super().delete_adapter(adapter_name, new_active_adapters)
         if adapter_name in self.expert_modules:
             del self.expert_modules[adapter_name], self.trainable[adapter_name]
+        active = [name for name in new_active_adapters or [] if name in self.modules_to_save]
+        if active != self.active_adapters:  # PEFT leaves a wrapper that did not have the adapter as it was
+            self.set_adapter(active)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
         active = [a for a in (adapter_names or self.active_adapters) if a in self.modules_to_save]
         if not merge or not active:
+            unload_below(self.original_module, merge, safe_merge, adapter_names)
             return self.original_module
         module = self.modules_to_save[active[0]]
         module = module[module.task]
