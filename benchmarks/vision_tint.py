@@ -42,6 +42,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--experts", default="experts_vision", help="folder for the base and the experts")
+    parser.add_argument("--tint_layers", nargs="+", help="compare only these, each with the head (or 'auto')")
     parser.add_argument("--output", default="benchmarks/results/vision_tint.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -66,6 +67,9 @@ def main():
         "Tint (pseudo-labels)": ({}, "pseudo_label", ours),
         "Tint": ({}, "confident_pseudo_label", ours),
     }
+    if args.tint_layers:
+        layers = {layer: layer if layer == "auto" else [layer, "classifier"] for layer in args.tint_layers}
+        rows = {layer: ({"tint_layer": names}, "pseudo_label", ours) for layer, names in layers.items()}
     results = {}
     for name, (config, objective, arguments) in rows.items():
         base = AutoModelForImageClassification.from_pretrained(base_folder)
@@ -82,6 +86,8 @@ def main():
             "normalized_accuracy": {task: scores[task]["normalized_accuracy"] for task in (*args.tasks, "mean")},
             **seconds,
         }
+        if config.get("tint_layer"):
+            results[name]["tint_layer"] = model.peft_config["default"].tint_layer
         results["experts"] = {"accuracy": {task: scores[task]["expert_accuracy"] for task in (*args.tasks, "mean")}}
         print(name, {task: round(value, 3) for task, value in results[name]["accuracy"].items()}, seconds, flush=True)
     report(args, results)

@@ -487,3 +487,43 @@ def test_copy_pickle_and_unload_of_root_and_tied_parameters(name):
     plain = model.unload()
     assert torch.equal(output(plain, architecture.inputs), expected)
     assert plain.state_dict().keys() == architecture.build().state_dict().keys()
+
+
+def test_auto_tint_layer_is_the_block_in_which_the_experts_disagree_most(tmp_path):
+    base = ARCHITECTURES["bert"].build()
+    experts = make_experts(base, {"a": 2, "b": 3, "c": 2}, scale=0.01)
+    common = torch.randn(16, 16)
+    for expert, own in zip(experts.values(), torch.randn(3, 16, 16), strict=True):
+        expert.bert.encoder.layer[0].attention.self.query.weight.data += common  # far from the base, together
+        expert.bert.encoder.layer[1].attention.self.query.weight.data += 0.3 * own  # apart
+    for task, expert in experts.items():
+        expert.save_pretrained(tmp_path / task)
+    config = TintConfig(experts={task: str(tmp_path / task) for task in experts}, tint_layer="auto")
+    model = get_peft_model(copy.deepcopy(base), config)
+    assert config.tint_layer == ["bert.encoder.layer.1", "classifier"]
+    model.save_pretrained(tmp_path / "tint")
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "tint")
+    for task in experts:
+        assert torch.equal(logits(again.eval(), task), logits(model.eval(), task))
+    with pytest.raises(ValueError, match="compares experts, and there is one"):
+        peft_tint.from_experts(copy.deepcopy(base), {"a": experts["a"]}, tint_layer="auto")
+    net = ARCHITECTURES["conv_net"].build()
+    with pytest.raises(ValueError, match="among numbered blocks, and ConvNet has none"):
+        peft_tint.from_experts(net, make_experts(net, ["a", "b"]), tint_layer="auto")
+
+
+def test_tint_layer_at_the_input():
+    for name, layer in {
+        "vit": "patch_embeddings.projection",
+        "dinov2": "patch_embeddings",
+        "bert": "embeddings",
+    }.items():
+        architecture = ARCHITECTURES[name]
+        base = architecture.build()
+        experts = make_experts(base, {"a": 2, "b": 3})
+        settings = {"coefficient_init": {"a": 0.0, "b": 1.0}, "tint_layer": layer}
+        model = peft_tint.from_experts(base, experts, **settings).eval()
+        model.set_task("b")
+        torch.testing.assert_close(
+            output(model, architecture.inputs), output(experts["b"], architecture.inputs), rtol=1e-5, atol=1e-5
+        )

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..experts import check_expert, load_expert, set_tensor, without_adapters
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
+from ._auto import choose_tint_layer
 from ._structure import (
     find_head,
     find_layers,
@@ -61,6 +62,9 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time."""
     modules = dict(plain_modules(model))
     tensors, buffers = named_tensors(modules)
+    if config.tint_layer == "auto":
+        with _skip_init_on_device():
+            config.tint_layer = choose_tint_layer(model, modules, sources)
     trainable = _per_task_modules(config, model, modules)
     targets, tied = _merged_parameters(config, modules, trainable)
     if config.target_modules is not None and not targets:

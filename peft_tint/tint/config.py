@@ -33,8 +33,9 @@ class TintConfig(PeftConfig):
             Modules not to merge, matched in the same way.
         tint_layer (`str | list[str]`, *optional*):
             The layer with one trainable copy per task: a module name or its unique ending, or a list of them. `None`
-            (default) is the model's head, `[]` is none (only coefficients train). Each task keeps its own head in
-            any case; a head that is not the tint layer is frozen.
+            (default) is the model's head, `[]` is none (only coefficients train), `"auto"` the head and the block in
+            which the experts disagree most (their names replace it when the experts are loaded). Each task keeps its
+            own head in any case; a head that is not the tint layer is frozen.
         tint_layer_init (`str`):
             Where the tint layer's copies start: `"expert"` (default), `"merged"` or `"base"`.
         granularity (`str`):
@@ -71,7 +72,7 @@ class TintConfig(PeftConfig):
     )
     tint_layer: str | list[str] | None = field(
         default=None,
-        metadata={"help": "The layer with one trainable copy per task; None: the model's head; []: none."},
+        metadata={"help": "Layer with one trainable copy per task; None: the head; []: none; 'auto': see the docs."},
     )
     tint_layer_init: Literal["expert", "merged", "base"] = field(
         default="expert", metadata={"help": "Where the copies of the tint layer start: expert, merged or base."}
