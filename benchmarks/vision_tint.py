@@ -68,7 +68,7 @@ def main():
         "Tint": ({}, "confident_pseudo_label", ours),
     }
     if args.tint_layers:
-        layers = {layer: layer if layer == "auto" else [layer, "classifier"] for layer in args.tint_layers}
+        layers = {layer: layer if layer == "auto" else list({layer, "classifier"}) for layer in args.tint_layers}
         rows = {layer: ({"tint_layer": names}, "pseudo_label", ours) for layer, names in layers.items()}
     results = {}
     for name, (config, objective, arguments) in rows.items():
