@@ -17,6 +17,8 @@ from torch import nn
 from ..experts import check_expert, load_expert, set_tensor
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._structure import (
+    CONTAINERS,
+    PARAMETER_CONTAINERS,
     find_head,
     find_layers,
     has_parameters,
@@ -27,7 +29,7 @@ from ._structure import (
     plain_modules,
 )
 from .config import TintConfig
-from .merged_layer import UNITS
+from .merged_layer import is_unit
 
 # Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
 LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
@@ -146,7 +148,7 @@ def _per_task_modules(config, model, modules):
     """{name: is it the tint layer} of the modules with one copy per task: the head always, and the tint layer."""
     head = find_head(model, modules)
     tint = head if config.tint_layer is None else find_layers(config.tint_layer, modules)
-    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
+    units = [name for name, module in modules.items() if is_unit(module)]
     for name in tint:
         if not has_parameters(modules[name]):
             raise ValueError(f"`tint_layer` {name!r} has no parameters to train; name a layer that has.")
@@ -156,21 +158,24 @@ def _per_task_modules(config, model, modules):
                 f"`tint_layer` {name!r} is part of {around!r}, which has one copy per task or reads its "
                 f"weights directly; name {around!r} instead."
             )
-        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+        if isinstance(modules[name], CONTAINERS):
+            remedy = f"list the modules in it, such as {name + '.0'!r}"
+            if isinstance(modules[name], PARAMETER_CONTAINERS):
+                remedy = "name the module that reads it"
             raise ValueError(
-                f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; list "
-                f"the modules in it, such as {name + '.0'!r}."
+                f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; {remedy}."
             )
     return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
 
 
 def _merged_parameters(config, modules, per_task):
     """The parameters to merge by module, and of those the tied ones, whose value another module's entry decides."""
-    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
+    units = [name for name, module in modules.items() if is_unit(module)]
     candidates = {
         name: own_parameters(module)
         for name, module in modules.items()
         if not is_under(name, per_task) and not is_under(name, units, strictly=True)
+        if not isinstance(module, CONTAINERS)
     }
     chosen = {id(p) for name, own in candidates.items() if is_target(config, name) for p in own.values()}
     targets, tied, owner = {}, {}, {}

@@ -9,10 +9,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 # These read the weights of their children without calling them, so they are wrapped as one unit.
 UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether the module is wrapped with all that is in it. What a parametrized one (weight norm) computes its weight
+    from is in its children."""
+    return isinstance(module, UNITS) or is_parametrized(module)
 
 
 class MergedLayer(nn.Module, BaseTunerLayer):
@@ -158,11 +165,15 @@ class MergedLayer(nn.Module, BaseTunerLayer):
     def _read(self, name):
         if self.disable_adapters and self.merged:
             self.unmerge()
+        parametrized = is_parametrized(self.base_layer, name)
         owned = any(name in vectors for vectors in self.tint_task_vectors.values()) or name in self.tied
-        if owned and not self.disable_adapters and not self.merged:
+        if (owned or parametrized) and not self.disable_adapters and not self.merged:
             merged = self.merged_tensors()
             if name in merged:
                 return merged[name]
+            if parametrized:
+                with _shadowed(self.base_layer, merged):
+                    return getattr(self.base_layer, name)
         return getattr(self.base_layer, name)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
