@@ -105,7 +105,7 @@ class Holders(nn.Module):
         self.scales = nn.ParameterDict({"first": torch.ones(8), "second": torch.randn(8)})
         self.nested = nn.ModuleList([nn.ParameterList([torch.randn(8)]), nn.Linear(8, 8)])
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
-        self.read = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8), use_trivialization=False)
+        self.read = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))
         self.block = nn.Module()
         self.block.inner = Scales()
         self.fc = nn.Linear(8, 5)
@@ -117,15 +117,28 @@ class Holders(nn.Module):
         return T.modeling_outputs.ImageClassifierOutput(logits=self.fc(x))
 
 
+class Shift(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x + self.by
+
+
 class Scales(nn.Module):
     def __init__(self):
         super().__init__()
         self.scales = nn.ParameterList([torch.ones(8), torch.ones(8)])
+        self.shift = nn.Parameter(torch.zeros(8))
+        nn.utils.parametrize.register_parametrization(self, "shift", Shift())
 
     def forward(self, x):
         for scale in self.scales:
             x = x.tanh() * scale
-        return x
+        return x + self.shift
 
 
 class Scale(nn.Module):
@@ -399,14 +412,16 @@ def make_experts(base, tasks, scale=0.05):
     """Fake fine-tunes: noise on every parameter. `tasks` is {task: number of classes}, or a list for the base's."""
     experts = {}
     for task in tasks:
-        expert = copy.deepcopy(base)
-        if isinstance(tasks, dict):
+        if not isinstance(tasks, dict):
+            expert = copy.deepcopy(base)
+        else:
             config = copy.deepcopy(base.config)
             config.num_labels = tasks[task]
             config.id2label = {i: f"{task}-{i}" for i in range(tasks[task])}
             config.label2id = {label: i for i, label in config.id2label.items()}
             expert = type(base)(config).eval()
-            ours = {name: t for name, t in base.state_dict().items() if expert.state_dict()[name].shape == t.shape}
+            theirs = expert.state_dict()
+            ours = {name: t for name, t in base.state_dict().items() if theirs[name].shape == t.shape}
             expert.load_state_dict(ours, strict=False)
         with torch.no_grad():
             for parameter in expert.parameters():

@@ -196,6 +196,12 @@ def test_tint_layer_inside_of_a_unit_or_a_head():
         peft_tint.from_experts(base, {"a": base.state_dict()}, tint_layer="linear1")
 
 
+def test_tint_layer_that_is_a_list_of_parameters():
+    base = ARCHITECTURES["holders"].build()
+    with pytest.raises(ValueError, match="'prompts' is a ParameterList, which has no forward; name the module that"):
+        peft_tint.from_experts(base, {"a": base.state_dict()}, tint_layer="prompts")
+
+
 def test_tint_layer_init_needs_equal_shapes(bert):
     refused(bert, r"`tint_layer_init` is 'base'.*'score' has shape \(3, 16\).*\(2, 16\)", tint_layer_init="base")
 

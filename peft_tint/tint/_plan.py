@@ -29,7 +29,7 @@ from ._structure import (
     plain_modules,
 )
 from .config import TintConfig
-from .merged_layer import is_unit
+from .merged_layer import UNITS
 
 # Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
 LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
@@ -148,7 +148,7 @@ def _per_task_modules(config, model, modules):
     """{name: is it the tint layer} of the modules with one copy per task: the head always, and the tint layer."""
     head = find_head(model, modules)
     tint = head if config.tint_layer is None else find_layers(config.tint_layer, modules)
-    units = [name for name, module in modules.items() if is_unit(module)]
+    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
     for name in tint:
         if not has_parameters(modules[name]):
             raise ValueError(f"`tint_layer` {name!r} has no parameters to train; name a layer that has.")
@@ -170,7 +170,7 @@ def _per_task_modules(config, model, modules):
 
 def _merged_parameters(config, modules, per_task):
     """The parameters to merge by module, and of those the tied ones, whose value another module's entry decides."""
-    units = [name for name, module in modules.items() if is_unit(module)]
+    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
     candidates = {
         name: own_parameters(module)
         for name, module in modules.items()

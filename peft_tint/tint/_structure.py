@@ -9,9 +9,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .merged_layer import MergedLayer, RootMergedLayer, is_unit
+from .merged_layer import UNITS, MergedLayer, RootMergedLayer
 
-# These are not called but read by index or looped over, so what they hold belongs to the module around them.
+# These are not called but read by index or looped over, so what they hold belongs to the module around them. So do the
+# originals of a parametrized module (weight norm), which are in a ModuleList in a ModuleDict.
 PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, *PARAMETER_CONTAINERS)
 # How models that do not keep their backbone under `base_model_prefix` (CLIP, SigLIP) name their head.
@@ -36,13 +37,14 @@ def join(module: str, leaf: str) -> str:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a wrapper of this module is responsible for: not its children's, except in a unit and in a
-    list or dict of parameters."""
-    own = dict(module.named_parameters(recurse=is_unit(module), remove_duplicate=False))
-    if not is_unit(module):
-        for name, child in module._modules.items():
-            if isinstance(child, CONTAINERS):
-                own.update((join(name, leaf), parameter) for leaf, parameter in own_parameters(child).items())
+    """The parameters that a wrapper of this module is responsible for: not its children's, except in a unit and what
+    containers hold."""
+    if isinstance(module, UNITS):
+        return dict(module.named_parameters(remove_duplicate=False))
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    for name, child in module._modules.items():
+        if isinstance(child, CONTAINERS):
+            own.update((join(name, leaf), parameter) for leaf, parameter in own_parameters(child).items())
     return own
 
 

@@ -16,12 +16,6 @@ from transformers.pytorch_utils import Conv1D
 UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def is_unit(module: nn.Module) -> bool:
-    """Whether the module is wrapped with all that is in it. What a parametrized one (weight norm) computes its weight
-    from is in its children."""
-    return isinstance(module, UNITS) or is_parametrized(module)
-
-
 class MergedLayer(nn.Module, BaseTunerLayer):
     """Wraps a module; its own parameters become W0 + sum_k lambda_k tau_k while its forward runs.
 
@@ -158,7 +152,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("tint_") or "base_layer" not in self.__dict__.get("_modules", {}):
+            # `copy` asks for `__deepcopy__`, which a parametrized module has: it would copy that without this layer
+            if name.startswith(("tint_", "__")) or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return self._read(name)
 
