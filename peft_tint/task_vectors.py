@@ -96,10 +96,7 @@ class _MergeWeight(torch.autograd.Function):
         ctx.coefficients_dtype = coefficients.dtype
         dtype = _wide(weight)
         with torch.autocast(weight.device.type, enabled=False):
-            stack, coefficients = (
-                task_vectors.flatten(1).to(dtype),
-                coefficients.to(dtype),
-            )  # (tasks, entries), (tasks,)
+            stack, coefficients = _rows(task_vectors).to(dtype), coefficients.to(dtype)  # (tasks, entries), (tasks,)
             if weight.is_cuda:  # where a matrix product might be in TF32, which would round the task vectors
                 merged = torch.addmv(weight.to(dtype).flatten(), stack.t(), coefficients)
             else:  # where this reads the stack faster
@@ -114,9 +111,14 @@ class _MergeWeight(torch.autograd.Function):
         grad_coefficients = None
         if ctx.needs_input_grad[1]:
             with torch.autocast(grad.device.type, enabled=False):
-                grad_coefficients = torch.mv(task_vectors.flatten(1).to(dtype), grad.to(dtype).flatten())
+                grad_coefficients = torch.mv(_rows(task_vectors).to(dtype), grad.to(dtype).flatten())
             grad_coefficients = grad_coefficients.to(ctx.coefficients_dtype)
         return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None
+
+
+def _rows(stack):
+    """(tasks, *shape) as (tasks, entries), also where the tensors are scalars."""
+    return stack.unsqueeze(-1).flatten(1)
 
 
 def _wide(tensor):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from models import ARCHITECTURES, IDS, SMALL
+from models import ARCHITECTURES, IDS, SMALL, make_experts, output
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
@@ -159,6 +159,25 @@ def test_differing_buffer_is_refused():
         peft_tint.from_experts(base, {"a": expert}, tint_layer=[])
 
 
+def test_differing_running_statistics_leave_the_model_as_it_was():
+    architecture = ARCHITECTURES["resnet"]
+    base = architecture.build()
+    experts = make_experts(base, ["a", "b"])
+    for module in experts["b"].modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_var += 0.1
+    names = [name for name, _ in base.named_modules()]
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'b': the buffer 'resnet.*running_var' differs.*fine-tune with them frozen"):
+        peft_tint.from_experts(base, experts)
+    assert [name for name, _ in base.named_modules()] == names
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    expected = output(architecture.build(), architecture.inputs)
+    assert torch.equal(output(base, architecture.inputs), expected)
+
+
 @pytest.mark.parametrize("layer, match", [
     ("nothing.here", "'nothing.here' matches no module.*Near to it"),
     ("dense", "'dense' matches 7 modules"),
@@ -175,6 +194,12 @@ def test_tint_layer_inside_of_a_unit_or_a_head():
     base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.TransformerEncoderLayer(4, 2, 8))
     with pytest.raises(ValueError, match=r"'1\.linear1' is part of '1'"):
         peft_tint.from_experts(base, {"a": base.state_dict()}, tint_layer="linear1")
+
+
+def test_tint_layer_that_is_a_list_of_parameters():
+    base = ARCHITECTURES["holders"].build()
+    with pytest.raises(ValueError, match="'prompts' is a ParameterList, which has no forward; name the module that"):
+        peft_tint.from_experts(base, {"a": base.state_dict()}, tint_layer="prompts")
 
 
 def test_tint_layer_init_needs_equal_shapes(bert):

@@ -18,6 +18,8 @@ from ..experts import check_expert, load_expert, set_tensor, without_adapters
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._auto import choose_tint_layer
 from ._structure import (
+    CONTAINERS,
+    PARAMETER_CONTAINERS,
     find_head,
     find_layers,
     has_parameters,
@@ -160,10 +162,12 @@ def _per_task_modules(config, model, modules):
                 f"`tint_layer` {name!r} is part of {around!r}, which has one copy per task or reads its "
                 f"weights directly; name {around!r} instead."
             )
-        if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+        if isinstance(modules[name], CONTAINERS):
+            remedy = f"list the modules in it, such as {name + '.0'!r}"
+            if isinstance(modules[name], PARAMETER_CONTAINERS):
+                remedy = "name the module that reads it"
             raise ValueError(
-                f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; list "
-                f"the modules in it, such as {name + '.0'!r}."
+                f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; {remedy}."
             )
     return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
 
@@ -175,6 +179,7 @@ def _merged_parameters(config, modules, per_task):
         name: own_parameters(module)
         for name, module in modules.items()
         if not is_under(name, per_task) and not is_under(name, units, strictly=True)
+        if not isinstance(module, CONTAINERS)
     }
     chosen = {id(p) for name, own in candidates.items() if is_target(config, name) for p in own.values()}
     targets, tied, owner = {}, {}, {}

@@ -11,6 +11,10 @@ from transformers import PreTrainedModel
 
 from .merged_layer import UNITS, MergedLayer, RootMergedLayer
 
+# These are not called but read by index or looped over, so what they hold belongs to the module around them. So do the
+# originals of a parametrized module (weight norm), which are in a ModuleList in a ModuleDict.
+PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, *PARAMETER_CONTAINERS)
 # How models that do not keep their backbone under `base_model_prefix` (CLIP, SigLIP) name their head.
 HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
 
@@ -33,8 +37,15 @@ def join(module: str, leaf: str) -> str:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a wrapper of this module is responsible for: not its children's, except in a unit."""
-    return dict(module.named_parameters(recurse=isinstance(module, UNITS), remove_duplicate=False))
+    """The parameters that a wrapper of this module is responsible for: not its children's, except in a unit and what
+    containers hold."""
+    if isinstance(module, UNITS):
+        return dict(module.named_parameters(remove_duplicate=False))
+    own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    for name, child in module._modules.items():
+        if isinstance(child, CONTAINERS):
+            own.update((join(name, leaf), parameter) for leaf, parameter in own_parameters(child).items())
+    return own
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -58,15 +69,21 @@ def find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the modules that make a task's output of the backbone's features; [] where there are none.
 
     In a transformers model for a task (`...For...`) that is all beside the backbone, such as DistilBERT's
-    `pre_classifier` and `classifier`. A language model's output embeddings belong to the vocabulary, not to a task.
+    `pre_classifier` and `classifier`; a model that takes any backbone (Depth Anything, UperNet) names it `backbone`. A
+    language model's output embeddings belong to the vocabulary, not to a task.
     """
     if not isinstance(model, PreTrainedModel) or "For" not in type(model).__name__:
         return []
     if model.get_output_embeddings() is not None:
         return []
-    children = [name for name, module in modules.items() if name and "." not in name and has_parameters(module)]
-    if model.base_model_prefix in children:
-        return [name for name in children if name != model.base_model_prefix]
+    children = [
+        name
+        for name, module in modules.items()
+        if name and "." not in name and has_parameters(module) and not isinstance(module, PARAMETER_CONTAINERS)
+    ]
+    for backbone in (model.base_model_prefix, "backbone"):
+        if backbone in children:
+            return [name for name in children if name != backbone]
     return [name for name in children if name in HEAD_NAMES]
 
 

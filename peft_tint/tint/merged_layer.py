@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 # These read the weights of their children without calling them, so they are wrapped as one unit.
@@ -159,18 +160,23 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("tint_") or "base_layer" not in self.__dict__.get("_modules", {}):
+            # `copy` asks for `__deepcopy__`, which a parametrized module has: it would copy that without this layer
+            if name.startswith(("tint_", "__")) or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return self._read(name)
 
     def _read(self, name):
         if self.disable_adapters and self.merged:
             self.unmerge()
+        parametrized = is_parametrized(self.base_layer, name)
         owned = any(name in vectors for vectors in self.tint_task_vectors.values()) or name in self.tied
-        if owned and not self.disable_adapters and not self.merged:
+        if (owned or parametrized) and not self.disable_adapters and not self.merged:
             merged = self.merged_tensors()
             if name in merged:
                 return merged[name]
+            if parametrized:
+                with _shadowed(self.base_layer, merged):
+                    return getattr(self.base_layer, name)
         return getattr(self.base_layer, name)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):

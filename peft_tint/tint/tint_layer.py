@@ -31,7 +31,7 @@ class TaskModules(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "copies" not in self.__dict__.get("_modules", {}) or "task" not in self.__dict__:
+            if name.startswith("__") or "copies" not in vars(self).get("_modules", {}) or "task" not in vars(self):
                 raise
             return getattr(self[self.task], name)
 
