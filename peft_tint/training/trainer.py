@@ -200,7 +200,9 @@ class TintTrainer:
         return float(np.mean(losses))
 
     def step(self, task: str, batch: dict) -> torch.Tensor:
-        """One update on one batch of a stream. Returns the logits that the model gave before the update."""
+        """One update on one batch of a stream. Returns the logits that the model gave before the update.
+
+        Under several processes all call it for the same task, each with its part of the batch."""
         model = self._prepare() if self._optimizer is None else self._prepared
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
         with torch.no_grad(), self.model.expert(task):
