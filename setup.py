@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["peft_tint", "peft_tint.*"]),
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.5",
         "transformers>=5",
         "peft>=0.21.2",
         "accelerate>=1.0",

@@ -285,6 +285,13 @@ def check_expert(
     merged (buffers) and must have the base's values.
     """
     task, tensors = expert.task, expert.tensors
+    for name, tensor in tensors.items():  # first, for quantised weights come with tensors and shapes of their own
+        integers = not tensor.is_floating_point() and name in base_tensors
+        if integers and base_tensors[name].is_floating_point():
+            raise ValueError(
+                f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
+                "Load base and experts unquantised."
+            )
     present = {id(base_tensors[name]) for name in tensors if name in base_tensors}
     # A file may store a tied tensor under one of its names only.
     missing = [name for name, tensor in base_tensors.items() if name not in tensors and id(tensor) not in present]
@@ -320,11 +327,6 @@ def check_expert(
             raise ValueError(
                 f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
                 "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
-            )
-        if not tensor.is_floating_point() and name not in per_task | fixed:
-            raise ValueError(
-                f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
-                "Load base and experts unquantised."
             )
     if expert.config is not None and base_config is not None:
         for key in FORWARD_SETTINGS:

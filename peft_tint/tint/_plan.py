@@ -64,6 +64,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time."""
     modules = dict(plain_modules(model))
     tensors, buffers = named_tensors(modules)
+    _check_unquantised(model, tensors, buffers)
     if config.tint_layer == "auto":
         with _skip_init_on_device():
             config.tint_layer = choose_tint_layer(model, modules, sources)
@@ -105,6 +106,21 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             stacklevel=2,
         )
     return plan
+
+
+def _check_unquantised(model, tensors, buffers):
+    integers = [name for name in tensors if name not in buffers and not tensors[name].is_floating_point()]
+    if getattr(model, "is_quantized", False):
+        method = getattr(model, "quantization_method", None)
+        sign = f"quantization_method={getattr(method, 'value', method)!r}"
+    elif integers:
+        sign = f"{integers[0]!r} has the type {tensors[integers[0]].dtype}"
+    else:
+        return
+    raise ValueError(
+        f"The base model is quantised ({sign}), and task vectors cannot be added to quantised weights. Load it without "
+        "`quantization_config`, for instance in bfloat16, and quantise what `merge_and_unload` returns."
+    )
 
 
 def _add_expert(plan, base, expert, index, dense, low_rank):

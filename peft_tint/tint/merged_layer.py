@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 
 import torch
@@ -263,6 +264,10 @@ class RootMergedLayer(MergedLayer):
 def _shadowed(module, tensors):
     """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
     replaced = []
+    if module.__dict__.get("gradient_checkpointing"):
+        # transformers has the module run its own forward again in the backward, when this context has been left
+        checkpoint = partial(_checkpoint_shadowed, module, tensors, module._gradient_checkpointing_func)
+        tensors = {**tensors, "_gradient_checkpointing_func": checkpoint}
     try:
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
@@ -276,3 +281,11 @@ def _shadowed(module, tensors):
                 del attributes[leaf]
             else:
                 attributes[leaf] = before
+
+
+def _checkpoint_shadowed(module, tensors, checkpoint, function, *args, **kwargs):
+    def run(*args, **kwargs):
+        with _shadowed(module, tensors):
+            return function(*args, **kwargs)
+
+    return checkpoint(run, *args, **kwargs)

@@ -16,6 +16,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..experts import absolute_reference
 from ._plan import is_target, labels_of, make_plan
@@ -144,7 +145,8 @@ class TintModel(BaseTuner):
         Tensors that no expert changed have none."""
         rows = {}
         for layer in self._merged_layers():
-            values = layer.tint_coefficients[self._adapter].detach().float().cpu()
+            values = layer.tint_coefficients[self._adapter].detach()
+            values = (values.full_tensor() if isinstance(values, DTensor) else values).float().cpu()
             rows.update(zip(layer.units[self._adapter], values, strict=True))
         values = torch.stack(list(rows.values()), dim=1) if rows else torch.empty(len(self.tasks), 0)
         return Coefficients(values, self.tasks, list(rows))
@@ -254,6 +256,7 @@ class TintModel(BaseTuner):
 
         The model then takes the memory of the base and the tint layers, and runs as fast as the base."""
         self._check_backbone()
+        self._check_merge_allowed()
         if len(self.peft_config) > 1:
             raise ValueError(
                 f"`merge_backbone` frees all task vectors, and there are {len(self.peft_config)} adapters. "
@@ -331,6 +334,12 @@ class TintModel(BaseTuner):
     def _per_task_layers(self) -> list[TintLayer]:
         layers = [module for module in self.model.modules() if isinstance(module, TintLayer)]
         return [layer for layer in layers if self._adapter in layer.modules_to_save]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """DDP reads this by way of the PeftModel; else it would send the experts around before each forward."""
+        fixed = (".tint_task_vectors.", ".expert_modules.")
+        return [f"base_model.{name}" for name, _ in self.named_buffers() if any(part in name for part in fixed)]
 
     # ---- building ----------------------------------------------------------------------------------------------------
 
@@ -460,7 +469,12 @@ class TintModel(BaseTuner):
         setattr(parent.base_layer if isinstance(parent, MergedLayer) else parent, child_name, new_module)
 
     def _check_merge_allowed(self):
-        pass  # PEFT warns of tied weights, which are merged once here, for all their users
+        # not PEFT's own check, which warns of tied weights: they are merged once here, for all their users
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            raise ValueError(
+                "The model's weights are sharded over processes (FSDP or tensor parallel), so nothing can be merged "
+                "into them. Save the adapter, load it on an unsharded base, and merge there."
+            )
 
     def _make_coefficients(self, config, adapter_name, module, layer):
         """The units of a layer and their coefficients (units, tasks), which layers of one unit share."""

@@ -2,19 +2,22 @@
 
 import inspect
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 
 from ..evaluation import NormalizedAccuracy
@@ -29,6 +32,9 @@ class TintTrainer:
     The model stays in evaluation mode throughout, so dropout is off and running statistics stand still. The experts'
     outputs are computed once, before the first update. Labels in the training data are not used.
 
+    Under several processes (`accelerate launch`) the loss is that of the processes' batches taken as one, so it is the
+    same training as in one process with as large a batch. The end of an epoch is filled up with samples from its start.
+
     Args:
         model: what `get_peft_model(base, TintConfig(...))` returned.
         args: the training arguments.
@@ -41,7 +47,8 @@ class TintTrainer:
         compute_metrics: `EvalPrediction -> {name: number}`, or {task: such a function}. Default: accuracy.
         callbacks: functions `(trainer, logs)`, called with each entry of the log.
 
-    Raises ValueError for a task that the model does not have, an empty dataset, and an unknown objective.
+    Raises ValueError for a task that the model does not have, an empty dataset, an unknown objective, and where
+    Accelerate is configured to shard the model.
     """
 
     def __init__(
@@ -69,11 +76,18 @@ class TintTrainer:
             log_with=None if self.args.report_to == "none" else self.args.report_to,
             project_dir=self.args.output_dir,
         )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise ValueError(
+                f"Accelerate is configured for {kind.value}, and TintTrainer runs the experts in each process by "
+                "itself, which needs whole weights. Launch it with plain data parallelism (`--multi_gpu`), or shard "
+                "the model with `fully_shard` and train it in a loop of your own."
+            )
         self.model.to(self.accelerator.device)
         self._collate = self._make_collator(data_collator)
         unlabelled = None if self._collate.columns is None else self._collate.columns - set(LABELS)
         self._collate_unlabelled = Collator(self._collate.collate, unlabelled)
-        self._optimizer = None
+        self._optimizer, self._checkpointed = None, []
         self._cached = {}
 
     def _check_datasets(self, name, datasets):
@@ -186,7 +200,9 @@ class TintTrainer:
         return float(np.mean(losses))
 
     def step(self, task: str, batch: dict) -> torch.Tensor:
-        """One update on one batch of a stream. Returns the logits that the model gave before the update."""
+        """One update on one batch of a stream. Returns the logits that the model gave before the update.
+
+        Under several processes all call it for the same task, each with its part of the batch."""
         model = self._prepare() if self._optimizer is None else self._prepared
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
         with torch.no_grad(), self.model.expert(task):
@@ -208,7 +224,14 @@ class TintTrainer:
             lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
         optimizer = torch.optim.Adam(parameters, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
-        self._prepared, self._optimizer = self.accelerator.prepare(self.model, optimizer)
+        layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
+        self._checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
+        # Not DDP: what trains is small, so one exchange an update does, and a step leaves tint layers of other tasks
+        # without a gradient, which DDP takes for an error
+        self._prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        self._optimizer = self.accelerator.prepare_optimizer(optimizer)
+        for parameter in parameters:
+            parameter.data.copy_(broadcast(parameter.data))
         self._loss_since_update = 0.0
         return self._prepared
 
@@ -225,7 +248,8 @@ class TintTrainer:
     def _backward(self, model, task, batch, share):
         """Adds the gradients of one batch; returns its logits, its loss and the fraction of pseudo-labels kept."""
         self.model.set_task(task)
-        output = self._forward(model, batch)
+        with _checkpointing(self._checkpointed):
+            output = self._forward(model, batch)
         rows, expert_rows = output.compared[0], batch[EXPERT_ROWS]
         objective = self._objective_of(task, self.objective)
         if rows.shape != expert_rows.shape:
@@ -234,6 +258,7 @@ class TintTrainer:
                 f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
                 "the same sizes each time."
             )
+        rows, expert_rows = self._of_all_processes(rows), self._of_all_processes(expert_rows)
         loss = objective(rows, expert_rows, None)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -241,13 +266,35 @@ class TintTrainer:
             )
         self.accelerator.backward(loss / share)
         kept = confident_mask(rows, expert_rows).float().mean().item() if objective is confident_pseudo_label else None
-        self._loss_since_update += self.accelerator.reduce(loss.detach().abs()).item()
+        self._loss_since_update += abs(loss.item())
         return output.logits.detach(), loss.item(), kept
+
+    def _of_all_processes(self, rows):
+        """The rows of all processes, in the order of one process's batch; ours keep their graph.
+
+        A mean over the pseudo-labels kept is one over those of all processes, of which each keeps another number."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
+        gathered = self.accelerator.gather(padded).view(len(counts), max(counts), *rows.shape[1:])
+        parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+        parts[self.accelerator.process_index] = rows
+        return torch.cat(parts)
+
+    def _sum_gradients(self):
+        """Makes the gradients those of the loss of all processes, of which each has the part of its own rows."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            summed = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def _update(self):
         # A loss of exactly zero is one for which no pseudo-label was kept. There is nothing to learn from it, but
         # Adam would still move by its momentum.
         if self._loss_since_update:
+            self._sum_gradients()
             self._optimizer.step()
             self.model.project_coefficients()
         # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
@@ -436,6 +483,32 @@ class _Window:
     def per_task(self):
         means = {"loss": self.losses, "kept": self.kept}
         return {f"{name}_{task}": float(np.mean(v)) for name, values in means.items() for task, v in values.items()}
+
+
+@contextmanager
+def _checkpointing(layers):
+    """transformers checkpoints layers in training mode only. Ours say they are, and are not while they run."""
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    try:
+        for layer, function in zip(layers, functions, strict=True):
+            layer.training = True
+            layer._gradient_checkpointing_func = partial(_checkpoint, layer, function)
+        yield
+    finally:
+        for layer, function in zip(layers, functions, strict=True):
+            layer.training = False
+            layer._gradient_checkpointing_func = function
+
+
+def _checkpoint(layer, checkpoint, forward, *args):
+    def forward_in_evaluation(*args):
+        before, layer.training = layer.training, False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = before
+
+    return checkpoint(forward_in_evaluation, *args)
 
 
 def _forever(loader):
