@@ -328,6 +328,13 @@ def check_expert(
                 f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
                 "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
             )
+    for name in expert.low_rank:
+        others = [other for other, tensor in base_tensors.items() if tensor is base_tensors[name] and other != name]
+        if others:
+            raise ValueError(
+                f"Expert {task!r}: its LoRA changes {name!r} alone, which in the base model is one tied tensor with "
+                f"{_listing(others)}. Load the base untied (`tie_word_embeddings=False`)."
+            )
     if expert.config is not None and base_config is not None:
         for key in FORWARD_SETTINGS:
             ours, theirs = getattr(base_config, key, None), getattr(expert.config, key, None)

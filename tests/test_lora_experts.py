@@ -189,6 +189,20 @@ def test_saved_tint_over_adapters_loads_again(base, tmp_path):
     torch.testing.assert_close(output(model, IDS), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")  # PEFT, of the very trouble
+def test_lora_on_one_of_two_tied_weights():
+    """Its expert has untied them: refused where the base ties them, right where it does not."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    for target in ("lm_head", "wte"):
+        adapter = make_adapter(base, LoraConfig(r=2, target_modules=[target]))
+        with pytest.raises(ValueError, match=f"LoRA changes '.*{target}.weight' alone.*tied.*Load the base untied"):
+            peft_tint.from_experts(copy.deepcopy(base), {"a": adapter}, tint_layer=[])
+        untied = GPT2LMHeadModel(GPT2Config(**{**base.config.to_dict(), "tie_word_embeddings": False})).eval()
+        adapter = make_adapter(untied, LoraConfig(r=2, target_modules=[target]))
+        model = peft_tint.from_experts(copy.deepcopy(untied), {"a": adapter}, tint_layer=[], coefficient_init=1.0)
+        torch.testing.assert_close(output(model.eval(), IDS), output(adapter, IDS), rtol=1e-5, atol=1e-5)
+
+
 def test_refused_adapters(base, tmp_path):
     def refused(match):
         before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
