@@ -61,6 +61,21 @@ class Architecture(NamedTuple):
         return model.eval()
 
 
+class Recurrent(nn.Module):
+    """A plain module of PyTorch's recurrent layers, which hold their weights twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 8, num_layers=2, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(16, 8, batch_first=True)
+        self.cell = nn.GRUCell(8, 8)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, pixel_values):
+        x, _ = self.gru(self.lstm(pixel_values.mean(3).mT)[0])
+        return T.modeling_outputs.ImageClassifierOutput(logits=self.fc(self.cell(x[:, 0], x[:, -1])))
+
+
 class ConvNet(nn.Module):
     """A plain module: convolutions, a norm, a bare parameter and a head, with no config."""
 
@@ -382,6 +397,7 @@ ARCHITECTURES = {
     ),
     "plain_transformer": Architecture(lambda **_: PlainTransformer(), IMAGE, has_head=False),
     "holders": Architecture(lambda **_: Holders(), {"x": torch.linspace(-1, 1, 16).view(2, 8)}, has_head=False),
+    "recurrent": Architecture(lambda **_: Recurrent(), IMAGE, has_head=False),
     "conv_net": Architecture(lambda **_: ConvNet(), IMAGE, has_head=False),
 }
 
