@@ -22,7 +22,8 @@ class TintConfig(PeftConfig):
 
     Args:
         experts (`dict[str, str | dict]`):
-            For each task the expert: a Hub id, a local folder, or `{"id": ..., "revision": ..., "subfolder": ...}`.
+            For each task the expert: a Hub id, a local folder, or `{"id": ..., "revision": ..., "subfolder": ...}`,
+            of a full checkpoint or of a PEFT adapter of the base model (LoRA stays low-rank, others are merged).
             Task names consist of letters, digits, `_` and `-`. Experts held in memory go through
             [`from_experts`] instead.
         target_modules (`list[str] | str`, *optional*):

@@ -39,8 +39,8 @@ class Coefficients(NamedTuple):
 def from_experts(base: nn.Module, experts: dict, **config):
     """As `get_peft_model(base, TintConfig(...))`, for experts held in memory.
 
-    `experts` is {task: module or state dict}, `config` the other fields of `TintConfig`. The experts are only read.
-    The result cannot be saved, since its adapter could not say where the experts are; `merge_and_unload` can.
+    `experts` is {task: module, PeftModel or state dict}, `config` the other fields of `TintConfig`. The experts are
+    only read. The result cannot be saved, since its adapter could not say where they are; `merge_and_unload` can.
     """
     config = TintConfig(experts=dict.fromkeys(experts), **config)
     config.experts_in_memory = experts  # no dataclass field, so it is never saved
