@@ -18,7 +18,9 @@ from peft import (
 )
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -41,6 +43,9 @@ FORWARD_SETTINGS = (
 # The median over matrices of the cosine between expert and base: about 0 for models trained apart, above 0.9 after
 # fine-tuning. The median, since all language models' embeddings have a large mean in common.
 UNRELATED_COSINE = 0.05
+
+
+NO_WEIGHTS = "which changes no weights, so there is nothing to merge. Give full checkpoints, or adapters such as LoRA."
 
 
 class Expert(NamedTuple):
@@ -66,7 +71,7 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
         if hasattr(source, "peft_config"):
             if not isinstance(source, PeftModel):
                 raise ValueError(f"Expert {task!r} has adapters without being a PeftModel; give its merged weights.")
-            return _from_adapter(task, copy.deepcopy(source))
+            return _from_adapter(task, copy.deepcopy(source), getattr(source, "config", None))
         return Expert(task, source.state_dict(), source, getattr(source, "config", None))
     if isinstance(source, Mapping) and source and all(isinstance(value, torch.Tensor) for value in source.values()):
         return Expert(task, dict(source), None, None)
@@ -173,9 +178,12 @@ def _load_adapter(task, location, where, base):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"Expert {task!r}: the adapter in {location!r} is of no kind that PEFT knows.") from error
     if not hasattr(tuner, "merge_and_unload"):
-        raise ValueError(
-            f"Expert {task!r} is an adapter of the type {config.peft_type.value}, which changes no weights, so there "
-            "is nothing to merge. Give full checkpoints, or adapters such as LoRA."
+        raise ValueError(f"Expert {task!r} is an adapter of the type {config.peft_type.value}, {NO_WEIGHTS}")
+    theirs, ours = config.base_model_name_or_path, getattr(base, "name_or_path", None)
+    if theirs and ours and os.path.basename(theirs) != os.path.basename(ours):
+        warnings.warn(
+            f"Expert {task!r}: the adapter in {location!r} was trained on {theirs!r}, the base model is {ours!r}.",
+            stacklevel=2,
         )
     weights = _named(task, location, _load_adapter_weights, task, location, where)
     model = without_adapters(base)
@@ -196,7 +204,7 @@ def _load_adapter(task, location, where, base):
             f"Expert {task!r}: the adapter in {location!r} {problem}. It does not fit {type(base).__name__}; load the "
             "base as the class that the adapter was trained on."
         )
-    return _from_adapter(task, adapter)
+    return _from_adapter(task, adapter, None)
 
 
 def without_adapters(model):
@@ -231,24 +239,48 @@ def _load_adapter_weights(task, location, where):
     return load_peft_weights(location, device="cpu", **where)
 
 
-def _from_adapter(task, adapter):
+def _from_adapter(task, adapter, config):
     """Plain LoRA layers stay low-rank; all else that an adapter changes (DoRA, biases, heads) is merged. Uses it up."""
-    low_rank, active = {}, adapter.active_adapter
-    for name, layer in adapter.base_model.model.named_modules():
-        if isinstance(layer, LoraLayer) and (factors := _lora_factors(layer, active)):
+    tuner = adapter.base_model
+    kind = next(iter(adapter.peft_config.values())).peft_type.value if adapter.peft_config else "none"
+    if not isinstance(tuner, BaseTuner):
+        raise ValueError(f"Expert {task!r} is an adapter of the type {kind}, {NO_WEIGHTS}")
+    if len(tuner.active_adapters) != 1:
+        raise ValueError(
+            f"Expert {task!r} has {len(tuner.active_adapters)} active adapters; make the one to merge active by "
+            "`set_adapter`, or give `merge_and_unload()` of it."
+        )
+    names_of = {}
+    for name, parameter in tuner.model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
+    low_rank = {}
+    for name, layer in tuner.model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        for parameter in layer.get_base_layer().parameters(recurse=False):
+            if len(names := names_of[id(parameter)]) > 1:
+                raise ValueError(
+                    f"Expert {task!r}: its {kind} adapter works on {' and '.join(map(repr, names))}, one tied tensor "
+                    "in the base model, which it would untie. Load the base untied (`tie_word_embeddings=False`)."
+                )
+        if isinstance(layer, LoraLayer) and (factors := _lora_factors(layer, tuner.active_adapters[0])):
             low_rank[f"{name.replace('.base_layer', '')}.weight"] = factors
     try:
         model = adapter.merge_and_unload()
     except (AttributeError, NotImplementedError, TypeError) as error:
-        kind = adapter.peft_config[active].peft_type.value
         raise ValueError(f"Expert {task!r} is an adapter of the type {kind}, which PEFT cannot merge.") from error
-    return Expert(task, model.state_dict(), model, None, low_rank)
+    return Expert(task, model.state_dict(), model, config, low_rank)
 
 
 def _lora_factors(layer, adapter):
     """The factors of a plain LoRA layer, whose part is taken out of the layer; None for one that does more."""
     base = layer.get_base_layer()
-    if adapter in layer.lora_variant or layer.merged or type(base) not in (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d):
+    if (
+        isinstance(layer, ParamWrapper)
+        or adapter in layer.lora_variant
+        or layer.merged
+        or type(base) not in (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+    ):
         return None
     if isinstance(base, nn.Conv2d) and base.groups > 1:
         return None
@@ -327,13 +359,6 @@ def check_expert(
             raise ValueError(
                 f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
                 "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
-            )
-    for name in expert.low_rank:
-        others = [other for other, tensor in base_tensors.items() if tensor is base_tensors[name] and other != name]
-        if others:
-            raise ValueError(
-                f"Expert {task!r}: its LoRA changes {name!r} alone, which in the base model is one tied tensor with "
-                f"{_listing(others)}. Load the base untied (`tie_word_embeddings=False`)."
             )
     if expert.config is not None and base_config is not None:
         for key in FORWARD_SETTINGS:

@@ -27,14 +27,13 @@ class TaskVectors(nn.Module):
 
     def __init__(self, dense: dict[int, torch.Tensor], low_rank: dict[int, LowRank]):
         super().__init__()
-        ranks = [(task, factors.scale) for task, factors in low_rank.items() for _ in range(len(factors.a))]
+        ranks = [task for task, factors in low_rank.items() for _ in range(len(factors.a))]
         buffers = {
             "dense": torch.stack(list(dense.values())) if dense else None,  # (tasks that are dense, *shape)
             "dense_tasks": torch.tensor(list(dense), dtype=torch.long),
-            "b": torch.cat([factors.b for factors in low_rank.values()], 1) if low_rank else None,  # (d, all ranks)
+            "b": torch.cat([f.scale * f.b for f in low_rank.values()], 1) if low_rank else None,  # (d, all ranks)
             "a": torch.cat([factors.a for factors in low_rank.values()], 0) if low_rank else None,
-            "rank_tasks": torch.tensor([task for task, _ in ranks], dtype=torch.long),
-            "rank_scales": torch.tensor([scale for _, scale in ranks]),
+            "rank_tasks": torch.tensor(ranks, dtype=torch.long),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
@@ -45,7 +44,7 @@ class TaskVectors(nn.Module):
 
     def rank_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The factor of each column of `b` and row of `a`, in float32. `coefficients` has shape (tasks,)."""
-        return coefficients.float()[self.rank_tasks] * self.rank_scales.float()
+        return coefficients.float()[self.rank_tasks]
 
     def merge(self, weight: torch.Tensor, coefficients: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
         """W0 + sum_k lambda_k tau_k, differentiable in `coefficients`; without the LoRA experts if not `low_rank`."""

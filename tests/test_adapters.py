@@ -310,3 +310,97 @@ def test_errors_of_the_experts_are_as_clear_on_loading(bert, tmp_path):
     wide.save_pretrained(tmp_path / "wide")
     refused("has shape|size", experts={**bert[1], "b": str(tmp_path / "wide")})
     refused("matches no module", experts=bert[1], tint_layer="nothing")
+
+
+LAYERS = [
+    None,
+    [],
+    ["word_embeddings", "classifier"],
+    ["pooler.dense", "classifier"],
+    ["layer.1", "classifier"],
+    ["layer.1.attention", "classifier"],
+    ["layer.1.attention.self.query", "classifier"],
+]
+
+
+@pytest.mark.parametrize("outer", LAYERS, ids=map(str, LAYERS))
+def test_tints_with_any_two_tint_layers(bert, tmp_path, outer):
+    """Each is what it is alone: in its forward, merged, saved and loaded, and when the other has been deleted."""
+    for inner in LAYERS:
+        configs = {
+            "default": TintConfig(experts={t: bert[1][t] for t in ("a", "b")}, tint_layer=outer),
+            "second": TintConfig(experts={t: bert[1][t] for t in ("score", "a")}, tint_layer=inner),
+        }
+        expected = {n: logits(get_peft_model(load(bert[0]), copy.deepcopy(c)).eval()) for n, c in configs.items()}
+        model = get_peft_model(load(bert[0]), configs["default"]).eval()
+        model.add_adapter("second", configs["second"])
+        for name in ("second", "default"):
+            model.set_adapter(name)
+            torch.testing.assert_close(logits(model), expected[name], rtol=1e-6, atol=1e-6)
+            model.merge_adapter()
+            torch.testing.assert_close(logits(model), expected[name], rtol=1e-5, atol=1e-5)
+            model.unmerge_adapter()
+            perturb(model)
+            expected[name] = logits(model)
+        folder = tmp_path / f"{LAYERS.index(inner)}"
+        model.save_pretrained(folder)
+        for name in ("default", "second"):
+            alone = PeftModel.from_pretrained(load(bert[0]), folder / name if name == "second" else folder).eval()
+            assert torch.equal(logits(alone), expected[name]), (outer, inner, name)
+            plain = copy.deepcopy(model).merge_and_unload(adapter_names=[name])
+            torch.testing.assert_close(logits(plain), expected[name], rtol=1e-5, atol=1e-5)
+            left = copy.deepcopy(model)
+            left.delete_adapter("second" if name == "default" else "default")
+            left.set_adapter(name)
+            torch.testing.assert_close(logits(left), expected[name], rtol=1e-6, atol=1e-6)
+            left.save_pretrained(folder / "left")
+            where = folder / "left" / "second" if name == "second" else folder / "left"
+            assert torch.equal(logits(PeftModel.from_pretrained(load(bert[0]), where).eval()), logits(left))
+        assert torch.equal(logits(model.unload()), logits(load(bert[0])))
+
+
+@pytest.mark.parametrize("name", ["pop", "weight", "bias", "a_task", "default.x"])
+def test_adapter_names_that_would_be_lost(bert, name):
+    base = load(bert[0])
+    with pytest.raises(ValueError, match=f"The adapter name '{name}' is"):
+        get_peft_model(base, TintConfig(experts=bert[1]), adapter_name=name)
+    assert torch.equal(logits(base), logits(load(bert[0]))) and not base._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # PEFT, and TINT then refuses
+def test_second_adapter_of_transformers_is_refused(bert, first, second):
+    model = load(bert[0])
+    model.add_adapter(first, "one")
+    with pytest.raises(ValueError, match=r"holds a TINT adapter itself.*put them into a PeftModel"):
+        model.add_adapter(second, "two")
+
+
+def test_merged_coefficients_cannot_be_set(bert, first, tmp_path):
+    model = get_peft_model(load(bert[0]), first)
+    model.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="call `unmerge_adapter"):
+        model.set_coefficients(0.0)
+    with pytest.raises(ValueError, match="call `unmerge_adapter"):
+        peft_tint.hotswap_adapter(model, str(tmp_path))
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match=r"`values` is \[0.1, 0.2\]; it must be a number, {task: number}, or a tensor"):
+        model.set_coefficients([0.1, 0.2])
+    with pytest.raises(ValueError, match="NaN"):
+        model.set_coefficients(float("nan"))
+    with pytest.raises(ValueError, match="no adapter 'nope'; there are 'default'"):
+        peft_tint.hotswap_adapter(model, str(tmp_path), "nope")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"exclude_modules": ".*"}, {"layers_to_transform": [7]}, {"target_modules": ["x"]}]
+)
+def test_nothing_to_merge_is_told(bert, settings):
+    with pytest.raises(ValueError, match=r"not found in the base model.*there is nothing to merge"):
+        get_peft_model(load(bert[0]), TintConfig(experts=bert[1], **settings))
+
+
+def test_all_linear(bert):
+    model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], target_modules="all-linear"))
+    units = model.coefficients().units
+    assert len(units) == 2 * (6 * 2 + 1) and not any("LayerNorm" in unit or "embeddings" in unit for unit in units)

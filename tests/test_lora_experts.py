@@ -195,7 +195,9 @@ def test_lora_on_one_of_two_tied_weights():
     base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
     for target in ("lm_head", "wte"):
         adapter = make_adapter(base, LoraConfig(r=2, target_modules=[target]))
-        with pytest.raises(ValueError, match=f"LoRA changes '.*{target}.weight' alone.*tied.*Load the base untied"):
+        with pytest.raises(
+            ValueError, match=f"LORA adapter works on .*{target}.weight'.*one tied tensor.*Load the base untied"
+        ):
             peft_tint.from_experts(copy.deepcopy(base), {"a": adapter}, tint_layer=[])
         untied = GPT2LMHeadModel(GPT2Config(**{**base.config.to_dict(), "tie_word_embeddings": False})).eval()
         adapter = make_adapter(untied, LoraConfig(r=2, target_modules=[target]))
@@ -230,3 +232,54 @@ def test_refused_adapters(base, tmp_path):
     refused("the adapter in .* also has .*other.weight")
     save_file({**tensors, first: torch.full_like(tensors[first], torch.nan)}, file)
     refused("'a'.*NaN")
+
+
+@torch.no_grad()
+def test_parameters_as_targets():
+    """`target_parameters` reaches weights that are stored transposed."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
+    lora = LoraConfig(r=2, target_modules=[], target_parameters=["attn.c_attn.weight", "attn.c_proj.weight"])
+    adapter = make_adapter(base, lora)
+    model = peft_tint.from_experts(copy.deepcopy(base), {"a": adapter}, tint_layer=[], coefficient_init=1.0)
+    torch.testing.assert_close(output(model.eval(), IDS), output(adapter, IDS), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_adapters_in_memory(base):
+    """The active adapter is the expert, and its labels are the task's."""
+    adapter = make_adapter(base, ADAPTERS["no head"])
+    adapter.config.problem_type, adapter.config.id2label = "multi_label_classification", dict(enumerate("xyz"))
+    adapter.add_adapter("second", LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
+    adapter.base_model.set_adapter("second")  # of which `PeftModel.active_adapter` does not know
+    model = peft_tint.from_experts(copy.deepcopy(base), {"a": adapter}, coefficient_init=1.0).eval()
+    torch.testing.assert_close(output(model, IDS), output(adapter, IDS), rtol=1e-5, atol=1e-5)
+    assert model.config.problem_type == "multi_label_classification" and model.config.id2label[0] == "x"
+    adapter.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="has 2 active adapters; make the one to merge active"):
+        peft_tint.from_experts(copy.deepcopy(base), {"a": adapter})
+    prompts = get_peft_model(
+        copy.deepcopy(base), peft.PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=2)
+    )
+    with pytest.raises(ValueError, match="PROMPT_TUNING, which changes no weights"):
+        peft_tint.from_experts(copy.deepcopy(base), {"a": prompts})
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in some/other")
+def test_adapter_of_another_base_is_told(tmp_path):
+    base = ARCHITECTURES["bert"].build(num_labels=3)
+    base.save_pretrained(tmp_path / "bert")
+    base = type(base).from_pretrained(tmp_path / "bert")
+    adapter = make_adapter(base, ADAPTERS["plain"])
+    adapter.peft_config["default"].base_model_name_or_path = "some/other"
+    adapter.save_pretrained(tmp_path / "a")
+    with pytest.warns(UserWarning, match="was trained on 'some/other', the base model is .*bert"):
+        get_peft_model(base, TintConfig(experts={"a": str(tmp_path / "a")}))
+
+
+@torch.no_grad()
+def test_scales_survive_casts(base):
+    """0.378 of rsLoRA is not rounded to bfloat16 by a cast of the model that is taken back."""
+    model = peft_tint.from_experts(copy.deepcopy(base), {"a": make_adapter(base, ADAPTERS["rslora"])})
+    assert not any("scale" in name for name, _ in model.named_buffers())
+    expected = output(model.eval(), IDS)
+    torch.testing.assert_close(output(model.to(torch.bfloat16), IDS).float(), expected, rtol=0.05, atol=0.05)

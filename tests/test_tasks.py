@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as T
-from models import IDS, IMAGE, SMALL, make_experts
+from models import ARCHITECTURES, IDS, IMAGE, SMALL, make_experts
 from peft import PeftModel, get_peft_model
 
 import peft_tint
@@ -79,7 +79,7 @@ def test_misuse_of_mixed_batches():
     model = peft_tint.from_experts(base, make_experts(base, TASKS), tint_layer=["encoder.layer.1", "classifier"]).eval()
     with pytest.raises(ValueError, match="no task 'six'; the tasks are 'two'"):
         model(**BATCH, task_names=["six"] * 5)
-    with pytest.raises(ValueError, match="names 2 tasks for a batch of 5"):
+    with pytest.raises(ValueError, match="task of each of 5 rows"):
         model(**BATCH, task_names=["two", "five"])
     assert model(**BATCH).logits.shape == (5, 2)
     with pytest.raises(ValueError, match="leave the `expert` context"), model.expert("two"):
@@ -152,3 +152,36 @@ def test_generate_under_set_task():
         plain = copy.deepcopy(model).merge_and_unload(task=task)
         assert torch.equal(generated[task], plain.generate(**IDS, **settings))
     assert not torch.equal(generated["a"], generated["b"])
+
+
+def test_tint_layers_whose_output_is_a_model_output():
+    base = classifier()
+    model = peft_tint.from_experts(base, make_experts(base, TASKS), tint_layer=["bert.encoder", "classifier"]).eval()
+    mixed = model(**BATCH, task_names=NAMES).logits
+    for row, task in enumerate(NAMES):
+        model.set_task(task)
+        torch.testing.assert_close(mixed[row, : TASKS[task]], model(**BATCH).logits[row], rtol=1e-6, atol=1e-6)
+
+
+def test_mixing_that_cannot_be_right_is_refused():
+    gpt2 = T.GPT2LMHeadModel(T.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+    model = peft_tint.from_experts(gpt2, make_experts(gpt2, ["a", "b"]), tint_layer="h.1").eval()
+    with pytest.raises(ValueError, match="share one key/value cache; pass `use_cache=False`"):
+        model(**IDS, task_names=["b", "a"])
+    mixed = model(**IDS, task_names=["b", "a"], use_cache=False).logits
+    model.set_task("b")
+    torch.testing.assert_close(mixed[0], model(**IDS).logits[0], rtol=1e-5, atol=1e-5)
+    base = classifier()
+    model = peft_tint.from_experts(base, make_experts(base, TASKS), tint_layer=["position_embeddings", "classifier"])
+    with pytest.raises(ValueError, match="no row for each sample"):
+        model.eval()(**BATCH, task_names=NAMES)
+    with pytest.raises(ValueError, match="Leave `labels` out"):
+        model(**BATCH, task_names=NAMES, labels=torch.zeros(5, dtype=torch.long))
+    for wrong in ("two", ["two"] * 4, []):
+        with pytest.raises(ValueError, match="must be a list with the task of each of 5 rows"):
+            model(**BATCH, task_names=wrong)
+    deberta = ARCHITECTURES["deberta_v2"].build()
+    experts = make_experts(deberta, {"a": 2, "b": 2})
+    model = peft_tint.from_experts(deberta, experts, tint_layer=["rel_embeddings", "classifier"]).eval()
+    with pytest.raises(ValueError, match="reads 'weight' of a tint layer directly"):
+        model(**IDS, task_names=["a", "b"])

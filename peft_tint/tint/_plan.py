@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import _skip_init_on_device
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..experts import check_expert, load_expert, set_tensor, without_adapters
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
@@ -69,11 +70,17 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
         with _skip_init_on_device():
             config.tint_layer = choose_tint_layer(model, modules, sources)
     trainable = _per_task_modules(config, model, modules)
+    if config.target_modules == "all-linear":
+        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        config.target_modules = {name for name in linears if not is_under(name, trainable)}
     targets, tied = _merged_parameters(config, modules, trainable)
-    if config.target_modules is not None and not targets:
+    chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    chosen = {field: value for field in chosen if (value := getattr(config, field)) is not None}
+    if chosen and not targets:
         raise ValueError(
             f"Target modules {config.target_modules} not found in the base model. "
-            "Please check the target modules and try again."
+            f"Please check the target modules and try again. With {chosen} there is nothing to merge. Names are those "
+            "of modules with parameters of their own, such as 'query'; the head and the tint layer are not merged."
         )
     owned = {
         join(name, leaf): (name, leaf)

@@ -21,10 +21,8 @@ HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
 
 def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of all modules with the names they had before any adapter was added, each name once."""
-    if isinstance(module, MergedLayer):
-        module = module.base_layer
-    elif isinstance(module, AuxiliaryTrainingWrapper):
-        module = module.original_module
+    while isinstance(module, MergedLayer | AuxiliaryTrainingWrapper):
+        module = module.base_layer if isinstance(module, MergedLayer) else module.original_module
     yield name, module
     for child_name, child in module._modules.items():
         if child is not None and not isinstance(child, RootMergedLayer):

@@ -118,6 +118,8 @@ class TintConfig(PeftConfig):
             )
         self._check_experts()
         self._check_coefficients()
+        if isinstance(self.tint_layer, tuple):
+            self.tint_layer = list(self.tint_layer)
         layers = [self.tint_layer] if isinstance(self.tint_layer, str) else self.tint_layer or []
         if not isinstance(layers, list) or not all(isinstance(name, str) and name for name in layers):
             raise ValueError(f"`tint_layer` is {self.tint_layer!r}; it must be a module name or a list of them.")

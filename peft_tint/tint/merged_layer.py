@@ -111,7 +111,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         finally:
             self._in_forward = None
         for coefficients, vectors in low_rank:
-            output = output + low_rank_output(self.base_layer, args[0], vectors, coefficients).to(output.dtype)
+            x = args[0] if args else next(iter(kwargs.values()))
+            output = output + low_rank_output(self.base_layer, x, vectors, coefficients).to(output.dtype)
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

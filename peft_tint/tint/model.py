@@ -63,8 +63,13 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
     go to the Hub (`revision`, `token`, ...). Raises ValueError where the saved tint has other experts or another
     structure; the model is then as it was.
     """
+    if adapter_name not in model.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r}; there are {', '.join(map(repr, model.peft_config))}.")
+    if any(module.merged for module in model.modules() if isinstance(module, MergedLayer)):
+        raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` first.")
     ours, theirs = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **kwargs)
-    for field in ("peft_type", "experts", "tasks", "target_modules", "exclude_modules", "tint_layer", "granularity"):
+    structure = ("peft_type", "experts", "tasks", "target_modules", "exclude_modules", "tint_layer", "granularity")
+    for field in (*structure, "coefficient_bounds"):
         if getattr(ours, field) != getattr(theirs, field, None):
             raise ValueError(
                 f"The tint in {model_id!r} has {field}={getattr(theirs, field, None)!r}, the adapter {adapter_name!r} "
@@ -154,11 +159,23 @@ class TintModel(BaseTuner):
     def set_coefficients(self, values: float | dict[str, float] | torch.Tensor) -> None:
         """Sets the coefficients to one number, to one number per task, or to a tensor like `coefficients().values`."""
         _, tasks, units = self.coefficients()
+        if any(layer.merged for layer in self._merged_layers()):
+            raise ValueError("The coefficients are merged into the weights; call `unmerge_adapter()` first.")
         if isinstance(values, dict) and set(values) != set(tasks):
             raise ValueError(f"`values` names the tasks {sorted(values)}; name {sorted(tasks)}.")
         if isinstance(values, dict):
-            values = torch.tensor([values[task] for task in tasks])[:, None]
-        rows = dict(zip(units, torch.as_tensor(values).expand(len(tasks), len(units)).t(), strict=True))
+            values = torch.tensor([[float(values[task])] for task in tasks]).expand(len(tasks), len(units))
+        if isinstance(values, int | float):
+            values = torch.full((len(tasks), len(units)), float(values))
+        if not isinstance(values, torch.Tensor) or values.shape != (len(tasks), len(units)):
+            shape = tuple(values.shape) if isinstance(values, torch.Tensor) else repr(values)
+            raise ValueError(
+                f"`values` is {shape}; it must be a number, {{task: number}}, or a tensor of shape "
+                f"({len(tasks)}, {len(units)}), tasks by units."
+            )
+        if not torch.isfinite(values).all():
+            raise ValueError("`values` has NaN or Inf.")
+        rows = dict(zip(units, values.t(), strict=True))
         for layer in self._merged_layers():
             parameter = layer.tint_coefficients[self._adapter]
             parameter.data.copy_(torch.stack([rows[unit] for unit in layer.units[self._adapter]]))
@@ -287,7 +304,17 @@ class TintModel(BaseTuner):
         """A mixed batch: `model(**inputs, task_names=[...])` names the task of each row."""
         names = kwargs.pop("task_names", None)
         if names is not None:
+            tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
+            rows = next((len(tensor) for tensor in tensors), len(names))
+            if not isinstance(names, list | tuple) or len(names) != rows:
+                raise ValueError(f"`task_names` is {names!r}; it must be a list with the task of each of {rows} rows.")
             self._check_tasks(*names)
+            kinds = {self._kind_of(task) for task in (self.task, *names)}
+            if kwargs.get("labels") is not None and len(kinds) > 1:
+                raise ValueError(
+                    "With `labels` the model computes the loss of one kind of task, and `task_names` mixes several. "
+                    "Leave `labels` out and compute the loss of each row from its logits."
+                )
             if self._in_expert:
                 raise ValueError("The model is one expert; leave the `expert` context to mix tasks in a batch.")
             layers = self._per_task_layers()
@@ -301,6 +328,10 @@ class TintModel(BaseTuner):
                 layer.modules_to_save[self._adapter].task_names = list(names)
             self._mixed = True
         return args, kwargs
+
+    def _kind_of(self, task):
+        labels = self.task_labels(task)
+        return len(labels.get("id2label") or ()), labels.get("problem_type")
 
     def _drop_task_names(self, model, args, output):
         if self._mixed:
@@ -363,6 +394,15 @@ class TintModel(BaseTuner):
         _set_labels(self.model, self._labels[self._adapter][self.task] if enabled else self._base_labels)
 
     def _pre_injection_hook(self, model, config, adapter_name):
+        if any(isinstance(m, MergedLayer | TintLayer) and m.added_adapters for m in model.modules()):
+            raise ValueError(
+                f"This {type(model).__name__} holds a TINT adapter itself. To switch between several, put them into a "
+                "PeftModel: `get_peft_model(base, config)`, then its `add_adapter`."
+            )
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):  # of one that was deleted
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), TintModel):
+                    del hooks[key]
         self._task: dict[str, str] = {}  # adapter -> current task
         self._labels: dict[str, dict[str, dict]] = {}  # adapter -> task -> label fields of the config
         self._unmerged: dict[str, dict[str, dict]] = {}  # adapter -> task -> parameters that only the expert has so
@@ -393,6 +433,11 @@ class TintModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
+        taken = hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name)
+        if taken or not adapter_name or "." in adapter_name or adapter_name in ("weight", "bias"):
+            raise ValueError(f"The adapter name {adapter_name!r} is taken in PyTorch's modules; use another.")
+        if adapter_name in {f"{task}_task" for task in config.experts or ()}:
+            raise ValueError(f"The adapter name {adapter_name!r} is that of a task's tint layer; use another.")
         if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
@@ -404,6 +449,9 @@ class TintModel(BaseTuner):
                 ties = {leaf: (self._layers[owner], leaf_there) for leaf, (owner, leaf_there) in tied.items()}
                 self._layers[name].tied.update(ties)
             _wrap_everywhere(model, self._layers.values())
+            for name, layer in model.named_modules():
+                if isinstance(layer, TintLayer):
+                    layer.nested = _plain(name) != name
             self._task[adapter_name] = next(iter(self._plan.labels))
             self._labels[adapter_name] = self._plan.labels
             self._unmerged[adapter_name] = self._plan.unmerged
@@ -430,7 +478,10 @@ class TintModel(BaseTuner):
                 continue
             parent, _, child = name.rpartition(".")
             target = modules[parent]._modules[child]
+            if name in self._plan.task_vectors and isinstance(target, TintLayer):
+                target = target.original_module
             if not isinstance(target, MergedLayer | TintLayer) or adapter_name not in target.added_adapters:
+                target = modules[parent]._modules[child]
                 self._create_and_replace(config, adapter_name, target, child, modules[parent], name)
 
     def _check_target_module_exists(self, config, key):
@@ -451,6 +502,8 @@ class TintModel(BaseTuner):
                 layer.set_adapter(adapter_name if active else [], inference_mode=config.inference_mode)
                 self._replace_module(parent, target_name, layer, target)
             return
+        if isinstance(target, TintLayer):  # another adapter's, whose original module this one merges
+            parent, target_name, target = target, "original_module", target.original_module
         if not isinstance(target, MergedLayer):
             target = self._layers[name] = MergedLayer(target, self.active_adapters)
             self._replace_module(parent, target_name, target, target.base_layer)
@@ -498,6 +551,8 @@ class TintModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
         # without the marks of wrappers, for around a layer there may be one of another adapter
+        if (copies := f".modules_to_save.{adapter_name}.copies.") in key:
+            return _plain(key.replace(copies, ".copies."))
         key = super()._remove_adapter_name_from_key(key, adapter_name)
         return _plain(key) if "tint_coefficients" in key else key
 
@@ -515,15 +570,19 @@ class TintModel(BaseTuner):
             )
         ours = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for none inside of another adapter's tint layer
-        return ours | {key: v for key, v in state_dict.items() if key.endswith(f".tint_coefficients.{adapter_name}")}
+        return ours | {key: value for key, value in state_dict.items() if _is_saved(key, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        keys = [key for key in model.state_dict() if key.endswith(f".tint_coefficients.{adapter_name}")]
+        keys = [key for key in model.state_dict() if _is_saved(key, adapter_name)]
         names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in keys}
         names |= {f"base_model.model.{saved}": key for saved, key in names.items()}  # of a model without a PeftModel
         state_dict = {names.get(key, key): value for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _is_saved(key, adapter_name):
+    return key.endswith(f".tint_coefficients.{adapter_name}") or f".modules_to_save.{adapter_name}.copies." in key
 
 
 def _plain(name: str) -> str:

@@ -1,10 +1,13 @@
 """A layer with one copy per task: the tint layer, and the head, which belongs to its task in any case."""
 
+from collections.abc import Mapping
+
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import Cache
 
-from .merged_layer import unload_below
+from .merged_layer import MergedLayer, unload_below
 
 
 class TaskModules(nn.Module):
@@ -24,8 +27,14 @@ class TaskModules(nn.Module):
     def forward(self, *args, **kwargs):
         if self.task_names is None:
             return self[self.task](*args, **kwargs)
+        if self._mixes and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+            raise ValueError("The tasks of a mixed batch would share one key/value cache; pass `use_cache=False`.")
         outputs = {task: self[task](*args, **kwargs) for task in dict.fromkeys(self.task_names)}
         return take_rows(outputs, self.task_names)
+
+    @property
+    def _mixes(self):
+        return len(set(self.task_names or ())) > 1
 
     def __getattr__(self, name):
         try:
@@ -33,7 +42,12 @@ class TaskModules(nn.Module):
         except AttributeError:
             if name.startswith("__") or "copies" not in vars(self).get("_modules", {}) or "task" not in vars(self):
                 raise
-            return getattr(self[self.task], name)
+            value = getattr(self[self.task], name)
+            if self._mixes and isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"The model reads {name!r} of a tint layer directly, so tasks cannot be mixed; use batches of one."
+                ) from None
+            return value
 
 
 def without_parameters(module: nn.Module) -> nn.Module:
@@ -51,12 +65,21 @@ def take_rows(outputs: dict, tasks: list[str]):
     """Row i of what the task `tasks[i]` gave. Where tasks differ in their classes, the ones that a row's task has not
     are filled up with the lowest finite number."""
     first = next(iter(outputs.values()))
-    if isinstance(first, tuple):
-        return tuple(take_rows({t: o[i] for t, o in outputs.items()}, tasks) for i in range(len(first)))
+    if isinstance(first, Mapping):
+        return type(first)(**{key: take_rows({t: o[key] for t, o in outputs.items()}, tasks) for key in first})
+    if isinstance(first, tuple | list):
+        return type(first)(take_rows({t: o[i] for t, o in outputs.items()}, tasks) for i in range(len(first)))
     if not isinstance(first, torch.Tensor):
-        return first
-    if len(first) != len(tasks):
-        raise ValueError(f"`task_names` names {len(tasks)} tasks for a batch of {len(first)}; name one for each row.")
+        if all(output is first or output == first for output in outputs.values()):
+            return first
+        raise ValueError(
+            f"A tint layer gives a {type(first).__name__}, which cannot be mixed; use batches of one task."
+        )
+    if first.ndim == 0 or len(first) != len(tasks):
+        raise ValueError(
+            f"A tint layer gives a tensor of shape {tuple(first.shape)} in a batch of {len(tasks)}, which has no row "
+            "for each sample, so tasks cannot be mixed; use batches of one task."
+        )
     shape = [max(sizes) for sizes in zip(*(output.shape for output in outputs.values()), strict=True)]
     rows = []
     for i, task in enumerate(tasks):
@@ -82,6 +105,7 @@ class TintLayer(ModulesToSaveWrapper):
         self.expert_modules = nn.ModuleDict()
         self.trainable = {}
         self.as_expert = False  # see `TintModel.expert`
+        self.nested = False  # inside of a layer that another adapter has wrapped
 
     def add_adapter(self, adapter_name, task_modules: dict, expert_modules: dict, trainable: bool):
         """`task_modules` and `expert_modules` are {task: module}; `trainable` is False for a head that stays."""
@@ -95,6 +119,15 @@ class TintLayer(ModulesToSaveWrapper):
     @property
     def added_adapters(self):
         return self.modules_to_save.keys()
+
+    def check_module(self):
+        """PEFT refuses a module that is a tuner layer. Here another adapter may merge it and this one copy it."""
+
+    def adapter_state_dict(self, adapter_name, state_dict):
+        return {}  # `TintModel._get_adapter_state_dict` adds the copies, by names that hold without other adapters
+
+    def adapter_state_dict_load_map(self, adapter_name):
+        return {} if self.nested else super().adapter_state_dict_load_map(adapter_name)
 
     def update(self, adapter_name, **kwargs):
         """PEFT calls this for an adapter whose `modules_to_save` names this layer; its copies come by `add_adapter`."""
@@ -140,8 +173,11 @@ class TintLayer(ModulesToSaveWrapper):
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
         active = [a for a in (adapter_names or self.active_adapters) if a in self.modules_to_save]
         if not merge or not active:
-            unload_below(self.original_module, merge, safe_merge, adapter_names)
-            return self.original_module
+            module = self.original_module
+            if isinstance(module, MergedLayer):
+                return module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            unload_below(module, merge, safe_merge, adapter_names)
+            return module
         module = self.modules_to_save[active[0]]
         module = module[module.task]
         if safe_merge and not all(torch.isfinite(parameter).all() for parameter in module.parameters()):
