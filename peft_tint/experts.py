@@ -185,6 +185,7 @@ def _load_adapter(task, location, where, base):
             f"Expert {task!r}: the adapter in {location!r} was trained on {theirs!r}, the base model is {ours!r}.",
             stacklevel=2,
         )
+    config.base_model_name_or_path = None  # or PEFT warns too, of any change of the path
     weights = _named(task, location, _load_adapter_weights, task, location, where)
     model = without_adapters(base)
     tensors = dict(model.named_parameters())
