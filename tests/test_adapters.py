@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import peft_tint
@@ -309,6 +311,23 @@ def test_errors_of_the_experts_are_as_clear_on_loading(bert, tmp_path):
     wide = T.BertForSequenceClassification(T.BertConfig(vocab_size=64, **{**SMALL, "intermediate_size": 48}))
     wide.save_pretrained(tmp_path / "wide")
     refused("has shape|size", experts={**bert[1], "b": str(tmp_path / "wide")})
+    electra = T.ElectraForSequenceClassification(T.ElectraConfig(vocab_size=64, embedding_size=16, **SMALL))
+    electra.save_pretrained(tmp_path / "electra")
+    refused("is a 'electra' model, the base model is 'bert'", experts={**bert[1], "b": str(tmp_path / "electra")})
+    tensors = load_file(f"{bert[1]['b']}/model.safetensors")
+    name = "bert.pooler.dense.weight"
+    broken = {
+        "'b': 'bert.pooler.dense.weight' has 256 NaN": {**tensors, name: torch.full_like(tensors[name], torch.nan)},
+        "'b' from .* has no 'bert.pooler.dense.weight'": {k: v for k, v in tensors.items() if k != name},
+        "'b' from .* also has 'more'": {**tensors, "more": torch.ones(1)},
+    }
+    shutil.copytree(bert[1]["b"], tmp_path / "b")
+    for match, changed in broken.items():
+        save_file(changed, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+        refused(match, experts={**bert[1], "b": str(tmp_path / "b")})
+    (tmp_path / "b" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "b" / "pytorch_model.bin")
+    refused("'b' is stored as a pickle", experts={**bert[1], "b": str(tmp_path / "b")})
     refused("matches no module", experts=bert[1], tint_layer="nothing")
 
 
