@@ -527,3 +527,21 @@ def test_tint_layer_at_the_input():
         torch.testing.assert_close(
             output(model, architecture.inputs), output(experts["b"], architecture.inputs), rtol=1e-5, atol=1e-5
         )
+
+
+def test_fingerprint_is_of_one_expert(bert):
+    """It tells experts apart that changed other tensors by as much, and does not change with the other experts."""
+    base = load(bert[0])
+    experts = {task: copy.deepcopy(base) for task in ("q", "k", "both")}
+    for task, expert in experts.items():
+        attention = expert.bert.encoder.layer[0].attention.self
+        for name in ("query", "key"):
+            if task in (name[0], "both"):
+                getattr(attention, name).weight.data += 0.1
+    model = peft_tint.from_experts(copy.deepcopy(base), experts)
+    prints = [model.expert_fingerprint(task) for task in experts]
+    assert len(set(prints)) == 3
+    alone = peft_tint.from_experts(copy.deepcopy(base), {"q": experts["q"], "both": experts["both"]})
+    other = {**experts, "k": experts["both"]}
+    assert peft_tint.from_experts(copy.deepcopy(base), other).expert_fingerprint("q") == prints[0]
+    assert alone.expert_fingerprint("q") != alone.expert_fingerprint("both")

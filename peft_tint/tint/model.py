@@ -239,8 +239,7 @@ class TintModel(BaseTuner):
         tensors = list(base.values())
         for layer in self._merged_layers():
             for vectors in layer.tint_task_vectors[self._adapter].values():
-                tensors.append(torch.tensor(self.tasks.index(task)))
-                tensors += vectors.buffers()
+                tensors += vectors.of(self.tasks.index(task))
         for layer in self._per_task_layers():
             tensors += layer.expert_modules[self._adapter][task].buffers()
         tensors += self._unmerged[self._adapter][task].values()
