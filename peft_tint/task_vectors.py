@@ -45,8 +45,9 @@ class TaskVectors(nn.Module):
     def of(self, task: int) -> list[torch.Tensor]:
         """All that makes the task vector of one task, what it has not included."""
         dense, low_rank = self.dense_tasks == task, self.rank_tasks == task
-        tensors = [dense] if self.dense is None else [dense, self.dense[dense]]
-        return tensors if self.a is None else [*tensors, low_rank, self.b[:, low_rank], self.a[low_rank]]
+        tensors = [torch.stack([dense.sum(), low_rank.sum()])]
+        tensors += [] if self.dense is None else [self.dense[dense]]
+        return tensors if self.a is None else [*tensors, self.b[:, low_rank], self.a[low_rank]]
 
     def rank_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The factor of each column of `b` and row of `a`, in float32. `coefficients` has shape (tasks,)."""
