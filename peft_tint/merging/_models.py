@@ -102,8 +102,6 @@ def _apply(base, task_vector, scale):
     for name, change in task_vector.items():
         weight = (tensors[name] + scale * change).to(tensors[name].dtype)
         if not torch.isfinite(weight).all():
-            raise ValueError(
-                f"{name!r} is out of the range of {weight.dtype} with `scale`={scale}; give a smaller one."
-            )
+            raise ValueError(f"{name!r} is out of {weight.dtype}'s range with `scale`={scale}; give a smaller one.")
         tensors[name].copy_(weight)
     return model
