@@ -64,10 +64,7 @@ def merge(
             if of_expert[key].shape == tensors[name].shape  # only heads' may differ
         }
         if per_task:
-            for name in expert.low_rank.keys() & in_head:  # into the expert's module, which is `load_expert`'s copy
-                tensor = of_expert[id(tensors[name])]
-                tensor += expert.low_rank[name].dense().view(tensor.shape).to(tensor)
-            heads[task] = {name: expert_module(expert, name, modules[name], tensors, of_expert) for name in head}
+            heads[task] = {name: _own_module(expert, name, modules[name], tensors, of_expert) for name in head}
             labels[task] = expert_labels(expert, base, heads[task].values())
     if any(len(task_vector) < len(names) for task_vector in task_vectors.values()):
         warnings.warn(
@@ -93,6 +90,14 @@ def _task_vector(tensor, weight, low_rank):
     if low_rank is not None:
         change = change + low_rank.dense().view(change.shape).to(change)
     return change
+
+
+def _own_module(expert, name, base_module, tensors, of_expert):
+    for changed, factors in expert.low_rank.items():
+        if is_under(changed, [name]):  # put in place into the module, which is a copy that `load_expert` made
+            tensor = of_expert[id(tensors[changed])]
+            tensor += factors.dense().view(tensor.shape).to(tensor)
+    return expert_module(expert, name, base_module, tensors, of_expert)
 
 
 def _apply(base, task_vector, scale):

@@ -1,3 +1,5 @@
+import torch
+
 from ._stack import stack, tensor_names
 
 
@@ -18,8 +20,8 @@ def emr(task_vectors):
         unified = sign * agreeing.amax(0)
         for task, vector, mask in zip(sorted(task_vectors), stacked, agreeing > 0, strict=True):
             merged[task][name] = unified * mask
-            norms[task] += vector.abs().double().sum().item()
-            masked_norms[task] += merged[task][name].abs().double().sum().item()
+            norms[task] += vector.abs().sum(dtype=torch.float64).item()
+            masked_norms[task] += merged[task][name].abs().sum(dtype=torch.float64).item()
     for task, tensors in merged.items():
         for tensor in tensors.values():
             tensor *= norms[task] / (masked_norms[task] or 1)

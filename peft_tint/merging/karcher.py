@@ -9,7 +9,7 @@ def karcher(task_vectors, max_iterations=100, tolerance=1e-9):
     It acts on each tensor by itself, as `slerp` does, for any number of tasks. The mean on the sphere is iterated until
     a step is below `tolerance` (an angle) or `max_iterations` is reached. Tensors that a task did not change count in
     the mean norm only. Where the mean on the sphere is not defined (directions opposite to it, as any two scalars of
-    different sign are), the tensor's plain mean is taken.
+    different sign are), the tensor's plain mean is taken. One task alone gives its expert.
     """
     if not (max_iterations >= 1 and tolerance > 0):
         raise ValueError(

@@ -17,11 +17,14 @@ def lines(task_vectors, alpha=None, beta=0.5, inner=task_arithmetic):
     """
     merged = inner(task_vectors)
     if alpha is None:
-        norms = torch.stack([stack(task_vectors, n).sum(0).abs().sum(dtype=torch.float64) for n in merged])
-        merged_norm = sum(tensor.abs().sum(dtype=torch.float64) for tensor in merged.values())
-        alpha = float(norms.sum() / merged_norm.clamp(min=torch.finfo(torch.float64).tiny) / len(task_vectors))
+        summed = (stack(task_vectors, name).sum(0) for name in merged)
+        alpha = l1_norm(summed) / (l1_norm(merged.values()) or 1) / len(task_vectors)
     last = max((block_number(name) for name in merged), default=0)
     return {name: tensor * (alpha + beta * block_number(name) / max(1, last)) for name, tensor in merged.items()}
+
+
+def l1_norm(tensors) -> float:
+    return sum(tensor.abs().sum(dtype=torch.float64).item() for tensor in tensors)
 
 
 def block_number(name: str) -> int:
