@@ -9,8 +9,8 @@ def iso_cts(task_vectors, common_space=0.8):
 
     Of each matrix, the share `common_space` in (0, 1] of directions is the top of the sum's; the rest, in equal parts
     rounded as in the released code, is the top of what each task has outside of that common space. U and V of all
-    together are replaced by their polar factors and the singular values (less zeros, as in `iso_c`) by their mean, so it is
-    lossy also for one task alone. All but matrices: the mean over tasks.
+    together are replaced by their polar factors and the singular values by their mean (zeros do not count, as in
+    `iso_c`), so it is lossy also for one task alone. All but matrices: the mean over tasks.
     """
     check_share("common_space", common_space)
     return {name: _merge(stack(task_vectors, name), common_space) for name in tensor_names(task_vectors)}
