@@ -2,6 +2,8 @@
 
 from ._register import register
 from .evaluation import NormalizedAccuracy
+from .merging import MERGING_METHODS, merge_task_vectors
+from .merging._models import merge
 from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_adapter, set_task
 from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
@@ -9,6 +11,7 @@ register("TINT", TintConfig, TintModel)
 
 __version__ = "0.1.0"
 __all__ = [
+    "MERGING_METHODS",
     "OBJECTIVES",
     "Coefficients",
     "NormalizedAccuracy",
@@ -18,5 +21,7 @@ __all__ = [
     "TintTrainingArguments",
     "from_experts",
     "hotswap_adapter",
+    "merge",
+    "merge_task_vectors",
     "set_task",
 ]

@@ -354,7 +354,7 @@ def check_expert(
             raise ValueError(
                 f"Expert {task!r}: {name!r} has shape {tuple(tensor.shape)}, in the base model it has "
                 f"{tuple(base_tensors[name].shape)}. Experts must be fine-tuned from the base model; a layer that "
-                "differs by task (a head) must be named in `tint_layer`."
+                "differs by task must be the model's head, or for TINT be named in `tint_layer`."
             )
         if name in fixed and tensor.is_floating_point() and not torch.equal(tensor, base_tensors[name].to(tensor)):
             raise ValueError(

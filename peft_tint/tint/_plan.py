@@ -65,7 +65,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time."""
     modules = dict(plain_modules(model))
     tensors, buffers = named_tensors(modules)
-    _check_unquantised(model, tensors, buffers)
+    check_unquantised(model, tensors, buffers)
     if config.tint_layer == "auto":
         with _skip_init_on_device():
             config.tint_layer = choose_tint_layer(model, modules, sources)
@@ -115,7 +115,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     return plan
 
 
-def _check_unquantised(model, tensors, buffers):
+def check_unquantised(model, tensors, buffers):
     integers = [name for name in tensors if name not in buffers and not tensors[name].is_floating_point()]
     if getattr(model, "is_quantized", False):
         method = getattr(model, "quantization_method", None)
@@ -147,9 +147,9 @@ def _add_expert(plan, base, expert, index, dense, low_rank):
         if change.any():
             dense[name][index] = change
     for name, copies in plan.expert_modules.items():
-        copies[expert.task] = _expert_module(expert, name, base.modules[name], base.tensors, of_expert)
+        copies[expert.task] = expert_module(expert, name, base.modules[name], base.tensors, of_expert)
     heads = [copies[expert.task] for copies in plan.expert_modules.values()]
-    plan.labels[expert.task] = _labels(expert, base.model, heads)
+    plan.labels[expert.task] = expert_labels(expert, base.model, heads)
     merged = {id(base.tensors[name]) for name in base.owned}
     plan.unmerged[expert.task] = {
         name: of_expert[id(tensor)].to(tensor).clone()
@@ -231,7 +231,7 @@ def is_target(config: TintConfig, name: str):
     return found
 
 
-def _expert_module(expert, name, base_module, tensors, of_expert):
+def expert_module(expert, name, base_module, tensors, of_expert):
     """The expert's own copy of a module, of its own size, on the base's device and in its dtype."""
     reference = next(base_module.parameters())
     if expert.module is not None:
@@ -274,7 +274,7 @@ def _initial_modules(config, name, base_module, expert_modules, trainable):
     return copies
 
 
-def _labels(expert, model, heads):
+def expert_labels(expert, model, heads):
     """The label fields of the task's config. A state dict has none: then names of the size of its head."""
     base = labels_of(getattr(model, "config", None))
     if expert.config is not None:
@@ -291,3 +291,11 @@ def labels_of(config) -> dict:
     if not getattr(config, "id2label", None):
         return {}
     return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if hasattr(config, field)}
+
+
+def set_labels(model, labels: dict) -> None:
+    """Gives a model's config the fields that `labels_of` has taken."""
+    for field, value in labels.items():
+        setattr(model.config, field, value)
+    if labels and hasattr(model, "num_labels"):  # many heads' losses read this copy
+        model.num_labels = model.config.num_labels

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..experts import absolute_reference
-from ._plan import is_target, labels_of, make_plan
+from ._plan import is_target, labels_of, make_plan, set_labels
 from ._structure import find_head, named_tensors, plain_modules, unit_name
 from .config import TintConfig
 from .merged_layer import MergedLayer, RootMergedLayer
@@ -123,7 +123,7 @@ class TintModel(BaseTuner):
         self._task[self._adapter] = task
         for layer in self._per_task_layers():
             layer.set_task(self._adapter, task)
-        _set_labels(self.model, self._labels[self._adapter][task])
+        set_labels(self.model, self._labels[self._adapter][task])
 
     def _check_tasks(self, *tasks):
         for task in tasks:
@@ -264,7 +264,7 @@ class TintModel(BaseTuner):
         """The base model, with its own head and labels."""
         self._check_backbone()
         model = super().unload()
-        _set_labels(model, self._base_labels)
+        set_labels(model, self._base_labels)
         return model
 
     def merge_backbone(self) -> None:
@@ -376,21 +376,21 @@ class TintModel(BaseTuner):
     def set_adapter(self, adapter_name, inference_mode=False):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         if self.active_adapters and self._adapter in self._labels:  # not yet while it is being injected
-            _set_labels(self.model, self._labels[self._adapter][self.task])
+            set_labels(self.model, self._labels[self._adapter][self.task])
 
     def delete_adapter(self, adapter_name):
         super().delete_adapter(adapter_name)
         for state in (self._task, self._labels, self._unmerged):
             state.pop(adapter_name)
         if not self.active_adapters:
-            _set_labels(self.model, self._base_labels)
+            set_labels(self.model, self._base_labels)
         elif self._adapter in self._labels:
-            _set_labels(self.model, self._labels[self._adapter][self.task])
+            set_labels(self.model, self._labels[self._adapter][self.task])
 
     def _enable_adapter_layers(self, enabled=True):
         self._check_backbone()
         super()._enable_adapter_layers(enabled)
-        _set_labels(self.model, self._labels[self._adapter][self.task] if enabled else self._base_labels)
+        set_labels(self.model, self._labels[self._adapter][self.task] if enabled else self._base_labels)
 
     def _pre_injection_hook(self, model, config, adapter_name):
         if any(isinstance(m, MergedLayer | TintLayer) and m.added_adapters for m in model.modules()):
@@ -596,10 +596,3 @@ def _wrap_everywhere(model, layers):
         for name, child in module._modules.items():
             if id(child) in wrapper_of and module is not wrapper_of[id(child)]:
                 module._modules[name] = wrapper_of[id(child)]
-
-
-def _set_labels(model, labels):
-    for field, value in labels.items():
-        setattr(model.config, field, value)
-    if labels and hasattr(model, "num_labels"):  # many heads' losses read this copy
-        model.num_labels = model.config.num_labels

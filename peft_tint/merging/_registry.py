@@ -1,0 +1,91 @@
+"""The merging methods by name, and the call that checks what it is given."""
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .average import average
+from .consensus import consensus
+from .dare import dare
+from .dare_ties import dare_ties
+from .emr import emr
+from .iso_c import iso_c
+from .iso_cts import iso_cts
+from .karcher import karcher
+from .lines import lines
+from .magnitude import magnitude
+from .slerp import slerp
+from .tall_masks import tall_masks
+from .task_arithmetic import task_arithmetic
+from .ties import ties
+from .tsv import tsv
+from .wudi import wudi
+
+
+class MergingMethod(NamedTuple):
+    """`function(task_vectors, **kwargs)` returns a task vector, or {task: task vector} if `per_task`."""
+
+    function: Callable
+    paper: str
+    per_task: bool = False
+
+
+MERGING_METHODS = {
+    "average": MergingMethod(average, "https://arxiv.org/abs/2203.05482"),
+    "task_arithmetic": MergingMethod(task_arithmetic, "https://arxiv.org/abs/2212.04089"),
+    "ties": MergingMethod(ties, "https://arxiv.org/abs/2306.01708"),
+    "dare": MergingMethod(dare, "https://arxiv.org/abs/2311.03099"),
+    "dare_ties": MergingMethod(dare_ties, "https://arxiv.org/abs/2311.03099"),
+    "magnitude": MergingMethod(magnitude, "https://arxiv.org/abs/1506.02626"),
+    "tall_masks": MergingMethod(tall_masks, "https://arxiv.org/abs/2405.07813", per_task=True),
+    "consensus": MergingMethod(consensus, "https://arxiv.org/abs/2405.07813"),
+    "lines": MergingMethod(lines, "https://arxiv.org/abs/2410.17146"),
+    "emr": MergingMethod(emr, "https://arxiv.org/abs/2405.17461", per_task=True),
+    "tsv": MergingMethod(tsv, "https://arxiv.org/abs/2412.00081"),
+    "iso_c": MergingMethod(iso_c, "https://arxiv.org/abs/2502.04959"),
+    "iso_cts": MergingMethod(iso_cts, "https://arxiv.org/abs/2502.04959"),
+    "wudi": MergingMethod(wudi, "https://arxiv.org/abs/2503.08099"),
+    "slerp": MergingMethod(slerp, "https://doi.org/10.1145/325334.325242"),
+    "karcher": MergingMethod(karcher, "https://doi.org/10.1002/cpa.3160300502"),
+}
+
+
+def merge_task_vectors(task_vectors: dict[str, dict[str, torch.Tensor]], method: str = "task_arithmetic", **kwargs):
+    """Merges task vectors {task: {tensor name: tensor}} by one of `MERGING_METHODS`; `kwargs` are the method's own.
+
+    Returns one task vector, or {task: task vector} for a per-task method, in float32; what is given stays unchanged.
+    Raises ValueError for an unknown method or argument, and for task vectors that differ in names or shapes or have
+    integers, NaN or Inf.
+    """
+    check_method(method, kwargs)
+    if not task_vectors:
+        raise ValueError("`task_vectors` is empty; give {task: {tensor name: tensor}}.")
+    first = next(iter(task_vectors))
+    for task, tensors in task_vectors.items():
+        for name in sorted(tensors.keys() ^ task_vectors[first].keys()):
+            raise ValueError(f"The tensor {name!r} is in one of {first!r} and {task!r} only; give it in both.")
+        for name, tensor in tensors.items():
+            shape = task_vectors[first][name].shape
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"Task {task!r}: {name!r} has shape {tuple(tensor.shape)}, in {first!r} it has {tuple(shape)}. "
+                    "Leave out what differs by task (the head)."
+                )
+            if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                problem = "has NaN or Inf" if tensor.is_floating_point() else f"has the type {tensor.dtype}"
+                raise ValueError(f"Task {task!r}: {name!r} {problem}; only finite floats can be merged.")
+    return MERGING_METHODS[method].function(task_vectors, **kwargs)
+
+
+def check_method(method: str, kwargs: dict) -> MergingMethod:
+    """Raises ValueError, with the known ones, for an unknown method or an argument that it does not take."""
+    if method not in MERGING_METHODS:
+        raise ValueError(f"There is no merging method {method!r}; there are {', '.join(MERGING_METHODS)}.")
+    known = list(inspect.signature(MERGING_METHODS[method].function).parameters)[1:]
+    for name in kwargs:
+        if name not in known:
+            takes = f"takes {', '.join(f'`{own}`' for own in known)}" if known else "takes no arguments"
+            raise ValueError(f"The merging method {method!r} has no argument `{name}`; it {takes}.")
+    return MERGING_METHODS[method]

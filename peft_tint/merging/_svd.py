@@ -1,0 +1,27 @@
+"""Singular value decompositions without the directions that only rounding has decided."""
+
+import torch
+
+# What float32 leaves of a singular value that is zero, in units of the largest one, is below this.
+ROUNDING = 1e-5
+
+
+def svd(matrix: torch.Tensor, rank: int | None = None, norm: torch.Tensor | None = None):
+    """The first `rank` singular triplets u (m, r), s (r,), vh (r, n), less those whose singular value is zero.
+
+    The vectors of a zero are arbitrary, and would turn the polar factors of the others (a LoRA expert has mostly such).
+    Zero is what is below rounding of `norm`, by default of the largest singular value."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    rank = min(len(s) if rank is None else rank, int((s > ROUNDING * (s[:1] if norm is None else norm)).sum()))
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def polar(matrix: torch.Tensor) -> torch.Tensor:
+    """The nearest partial isometry: all singular values that are not zero become 1."""
+    u, _, vh = svd(matrix)
+    return u @ vh
+
+
+def isotropic(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> torch.Tensor:
+    """u @ vh times the mean of `s`; zeros where there is no singular value at all."""
+    return u @ vh * (s.sum() / max(1, len(s)))

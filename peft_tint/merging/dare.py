@@ -1,0 +1,29 @@
+import hashlib
+
+import torch
+
+from ._stack import check_share, stack, tensor_names
+
+
+def dare(task_vectors, density=0.1, seed=0):
+    """DARE: drops entries at random and rescales the rest, then sums (https://arxiv.org/abs/2311.03099).
+
+    Each entry is kept with probability `density` in (0, 1] (the paper's 1 - p) and then divided by it, so that its
+    expectation stays. Lossy by `density`, also for one task alone. What is dropped depends on `seed`, the task's and
+    the tensor's name and nothing else.
+    """
+    dropped = drop(density, seed)
+    return {name: stack(task_vectors, name, dropped).sum(0) for name in tensor_names(task_vectors)}
+
+
+def drop(density, seed):
+    """A change for `stack`: DARE of one tensor, the same on every device and with any number of threads."""
+    check_share("density", density)
+
+    def dropped(task, name, tensor):
+        digest = hashlib.sha256(repr((seed, task, name)).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+        kept = torch.rand(tensor.shape, generator=generator) < density  # on the CPU
+        return torch.where(kept.to(tensor.device), tensor / density, 0)
+
+    return dropped

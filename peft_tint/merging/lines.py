@@ -1,0 +1,33 @@
+import re
+
+import torch
+
+from ._stack import stack
+from .task_arithmetic import task_arithmetic
+
+
+def lines(task_vectors, alpha=None, beta=0.5, inner=task_arithmetic):
+    """LiNeS: deeper blocks are scaled more (https://arxiv.org/abs/2410.17146).
+
+    Scales what `inner`, a one-model method, makes of the task vectors: block l of L by alpha + beta l / (L - 1), all
+    outside of the blocks by `alpha`, by default the paper's |sum of task vectors|_1 / |merged|_1 / number of tasks.
+    `beta` is to be chosen on validation data. A tensor's block is the first number between dots in its name, and L is
+    the largest one + 1; towers side by side (encoder and decoder) are each counted from 0. One task alone gives its
+    expert for beta = 0 only.
+    """
+    merged = inner(task_vectors)
+    if alpha is None:
+        summed = (stack(task_vectors, name).sum(0) for name in merged)
+        alpha = l1_norm(summed) / (l1_norm(merged.values()) or 1) / len(task_vectors)
+    last = max((block_number(name) for name in merged), default=0)
+    return {name: tensor * (alpha + beta * block_number(name) / max(1, last)) for name, tensor in merged.items()}
+
+
+def l1_norm(tensors) -> float:
+    return sum(tensor.abs().sum(dtype=torch.float64).item() for tensor in tensors)
+
+
+def block_number(name: str) -> int:
+    """0 for what is in no block, which is scaled as the first block."""
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(number[1]) if number else 0
