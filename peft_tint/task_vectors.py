@@ -22,11 +22,13 @@ class TaskVectors(nn.Module):
     """The task vectors of one parameter: full ones as a stack, those of LoRA experts as factors side by side.
 
     `dense` and `low_rank` are {index of the task: tensor of the parameter's shape or LowRank}; a task in neither did
-    not change the parameter. Nothing here is saved or trained.
+    not change the parameter. Nothing here is saved or trained. `original` are the task vectors as they were before
+    a transform, which make the experts.
     """
 
-    def __init__(self, dense: dict[int, torch.Tensor], low_rank: dict[int, LowRank]):
+    def __init__(self, dense: dict[int, torch.Tensor], low_rank: dict[int, LowRank], original=None):
         super().__init__()
+        self.original = original
         ranks = [task for task, factors in low_rank.items() for _ in range(len(factors.a))]
         buffers = {
             "dense": torch.stack(list(dense.values())) if dense else None,  # (tasks that are dense, *shape)

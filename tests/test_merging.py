@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
-from models import ARCHITECTURES, make_experts, output
-from peft import LoraConfig, TaskType
+import transformers as T
+from models import ARCHITECTURES, IDS, make_experts, output
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from test_lora_experts import make_adapter
 
-from peft_tint import MERGING_METHODS, merge, merge_task_vectors
+from peft_tint import MERGING_METHODS, TintConfig, merge, merge_task_vectors
+from peft_tint.merging import transform_task_vectors
 from peft_tint.merging.magnitude import kth_smallest_magnitude
 
 SHAPES = {
@@ -404,7 +406,7 @@ def test_spectra_of_the_papers_matrices():
 
 
 def test_registry(method):
-    function, paper, per_task = MERGING_METHODS[method]
+    function, paper, per_task, _ = MERGING_METHODS[method]
     assert paper.startswith("https://") and (paper in function.__doc__)
     merged = merge_task_vectors(random_task_vectors(tasks_of(method)), method)
     assert set(merged) == (set(tasks_of(method)) if per_task else set(SHAPES))
@@ -782,3 +784,54 @@ def test_buffers_must_be_the_bases():
         merge(base, {"a": expert}, "average")
     models = merge(base, {"a": expert}, "emr")  # in the head, which is the task's own
     assert torch.equal(models["a"].get_buffer(name), expert.get_buffer(name))
+
+
+@pytest.mark.parametrize("method", [name for name, known in MERGING_METHODS.items() if known.parts])
+def test_parts_sum_to_the_merge(method):
+    """And each is of its own task: what a task did not change is not in its part."""
+    task_vectors = random_task_vectors("abc")
+    parts = transform_task_vectors(task_vectors, method)
+    whole = merge_task_vectors(task_vectors, method, **({"aggregate": "sum"} if method == "ties" else {}))
+    assert parts.keys() == task_vectors.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts.values()), tensor, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", [name for name, known in MERGING_METHODS.items() if known.parts])
+@torch.no_grad()
+def test_transform_of_a_tint(bert, tmp_path, method):
+    base, folders = bert
+    load = T.AutoModelForSequenceClassification.from_pretrained
+    experts = {}
+    for task in ("a", "score", "b"):
+        expert = load(folders[task])
+        expert.bert.embeddings.load_state_dict(load(base).bert.embeddings.state_dict())  # frozen, and counts as zeros
+        expert.save_pretrained(tmp_path / task)
+        experts[task] = str(tmp_path / task)
+    model = get_peft_model(load(base), TintConfig(experts=experts, transform=method)).eval()
+    plain = get_peft_model(load(base), TintConfig(experts=experts)).eval()
+    model.set_coefficients(1.0)
+    tensors = {task: load(folder).state_dict() for task, folder in experts.items()}
+    before = load(base).state_dict()
+    names = [name for name in before if not name.startswith("classifier")]
+    task_vectors = {task: {name: own[name] - before[name] for name in names} for task, own in tensors.items()}
+    wanted = merge_task_vectors(task_vectors, method, **({"aggregate": "sum"} if method == "ties" else {}))
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    for name, change in wanted.items():
+        torch.testing.assert_close(merged[name], before[name] + change, rtol=1e-5, atol=1e-5, msg=name)
+    for task in experts:  # and so are the pseudo-labels
+        with model.expert(task), plain.expert(task):
+            torch.testing.assert_close(model(**IDS).logits, plain(**IDS).logits, rtol=1e-5, atol=1e-5)
+        assert model.expert_fingerprint(task) == plain.expert_fingerprint(task)
+    model.save_pretrained(tmp_path / "tint")
+    again = PeftModel.from_pretrained(load(base), tmp_path / "tint").eval()
+    assert torch.equal(again(**IDS).logits, model(**IDS).logits)
+
+
+def test_transforms_that_are_none():
+    with pytest.raises(ValueError, match="The transform 'slerp' is not one of ties, dare, "):
+        TintConfig(experts={"a": "x"}, transform="slerp")
+    with pytest.raises(ValueError, match="'ties' has no argument `densty`; it takes `density`"):
+        TintConfig(experts={"a": "x"}, transform="ties", transform_kwargs={"densty": 0.2})
+    with pytest.raises(ValueError, match="name the `transform`"):
+        TintConfig(experts={"a": "x"}, transform_kwargs={"density": 0.2})

@@ -1,5 +1,5 @@
 """Data-free merging: functions of task vectors {task: {tensor name: tensor}}."""
 
-from ._registry import MERGING_METHODS, MergingMethod, merge_task_vectors
+from ._registry import MERGING_METHODS, MergingMethod, check_transform, merge_task_vectors, transform_task_vectors
 
-__all__ = ["MERGING_METHODS", "MergingMethod", "merge_task_vectors"]
+__all__ = ["MERGING_METHODS", "MergingMethod", "check_transform", "merge_task_vectors", "transform_task_vectors"]

@@ -7,43 +7,47 @@ from typing import NamedTuple
 import torch
 
 from .average import average
-from .consensus import consensus
-from .dare import dare
+from .consensus import consensus, consensus_parts
+from .dare import dare, dare_parts
 from .dare_ties import dare_ties
 from .emr import emr
 from .iso_c import iso_c
 from .iso_cts import iso_cts
 from .karcher import karcher
-from .lines import lines
-from .magnitude import magnitude
+from .lines import lines, lines_parts
+from .magnitude import magnitude, magnitude_parts
 from .slerp import slerp
 from .tall_masks import tall_masks
 from .task_arithmetic import task_arithmetic
-from .ties import ties
-from .tsv import tsv
+from .ties import ties, ties_parts
+from .tsv import tsv, tsv_parts
 from .wudi import wudi
 
 
 class MergingMethod(NamedTuple):
-    """`function(task_vectors, **kwargs)` returns a task vector, or {task: task vector} if `per_task`."""
+    """`function(task_vectors, **kwargs)` returns a task vector, or {task: task vector} if `per_task`.
+
+    `parts(task_vectors, **kwargs)` returns {task: task vector}, the tasks' parts of which `function`'s result is the
+    sum (by "sum", where it aggregates): what `TintConfig.transform` puts in the place of the task vectors."""
 
     function: Callable
     paper: str
     per_task: bool = False
+    parts: Callable | None = None
 
 
 MERGING_METHODS = {
     "average": MergingMethod(average, "https://arxiv.org/abs/2203.05482"),
     "task_arithmetic": MergingMethod(task_arithmetic, "https://arxiv.org/abs/2212.04089"),
-    "ties": MergingMethod(ties, "https://arxiv.org/abs/2306.01708"),
-    "dare": MergingMethod(dare, "https://arxiv.org/abs/2311.03099"),
+    "ties": MergingMethod(ties, "https://arxiv.org/abs/2306.01708", parts=ties_parts),
+    "dare": MergingMethod(dare, "https://arxiv.org/abs/2311.03099", parts=dare_parts),
     "dare_ties": MergingMethod(dare_ties, "https://arxiv.org/abs/2311.03099"),
-    "magnitude": MergingMethod(magnitude, "https://arxiv.org/abs/1506.02626"),
+    "magnitude": MergingMethod(magnitude, "https://arxiv.org/abs/1506.02626", parts=magnitude_parts),
     "tall_masks": MergingMethod(tall_masks, "https://arxiv.org/abs/2405.07813", per_task=True),
-    "consensus": MergingMethod(consensus, "https://arxiv.org/abs/2405.07813"),
-    "lines": MergingMethod(lines, "https://arxiv.org/abs/2410.17146"),
+    "consensus": MergingMethod(consensus, "https://arxiv.org/abs/2405.07813", parts=consensus_parts),
+    "lines": MergingMethod(lines, "https://arxiv.org/abs/2410.17146", parts=lines_parts),
     "emr": MergingMethod(emr, "https://arxiv.org/abs/2405.17461", per_task=True),
-    "tsv": MergingMethod(tsv, "https://arxiv.org/abs/2412.00081"),
+    "tsv": MergingMethod(tsv, "https://arxiv.org/abs/2412.00081", parts=tsv_parts),
     "iso_c": MergingMethod(iso_c, "https://arxiv.org/abs/2502.04959"),
     "iso_cts": MergingMethod(iso_cts, "https://arxiv.org/abs/2502.04959"),
     "wudi": MergingMethod(wudi, "https://arxiv.org/abs/2503.08099"),
@@ -79,13 +83,31 @@ def merge_task_vectors(task_vectors: dict[str, dict[str, torch.Tensor]], method:
     return MERGING_METHODS[method].function(task_vectors, **kwargs)
 
 
+def transform_task_vectors(task_vectors: dict[str, dict[str, torch.Tensor]], method: str, **kwargs):
+    """{task: task vector}: each task's part in a merge by `method`, in float32. Raises as `check_transform` does."""
+    check_transform(method, kwargs)
+    return MERGING_METHODS[method].parts(task_vectors, **kwargs)
+
+
+def check_transform(method: str, kwargs: dict) -> None:
+    """Raises ValueError for a method that has no parts of each task, or does not take these arguments."""
+    able = [name for name, known in MERGING_METHODS.items() if known.parts]
+    if method not in able:
+        raise ValueError(f"The transform {method!r} is not one of {', '.join(able)}.")
+    _check_arguments(method, MERGING_METHODS[method].parts, kwargs)
+
+
 def check_method(method: str, kwargs: dict) -> MergingMethod:
     """Raises ValueError, with the known ones, for an unknown method or an argument that it does not take."""
     if method not in MERGING_METHODS:
         raise ValueError(f"There is no merging method {method!r}; there are {', '.join(MERGING_METHODS)}.")
-    known = list(inspect.signature(MERGING_METHODS[method].function).parameters)[1:]
+    _check_arguments(method, MERGING_METHODS[method].function, kwargs)
+    return MERGING_METHODS[method]
+
+
+def _check_arguments(method, function, kwargs):
+    known = list(inspect.signature(function).parameters)[1:]
     for name in kwargs:
         if name not in known:
             takes = f"takes {', '.join(f'`{own}`' for own in known)}" if known else "takes no arguments"
             raise ValueError(f"The merging method {method!r} has no argument `{name}`; it {takes}.")
-    return MERGING_METHODS[method]

@@ -15,6 +15,15 @@ def stack(task_vectors: dict[str, dict], name: str, change=None) -> torch.Tensor
     return torch.stack([change(task, name, tensor) if change else tensor for task, tensor in tensors.items()])
 
 
+def unstack(task_vectors: dict[str, dict], stacks) -> dict[str, dict]:
+    """{task: {name: its row}} of (name, stack) pairs."""
+    parts = {task: {} for task in task_vectors}
+    for name, stacked in stacks:
+        for task, row in zip(sorted(task_vectors), stacked, strict=True):
+            parts[task][name] = row
+    return parts
+
+
 def check_share(name: str, value: float) -> None:
     if not 0 < value <= 1:
         raise ValueError(f"`{name}` is {value}, and is a share; give a number above 0 and up to 1.")

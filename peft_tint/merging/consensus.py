@@ -1,4 +1,4 @@
-from ._stack import stack, tensor_names
+from ._stack import stack, tensor_names, unstack
 from .tall_masks import masks
 
 
@@ -9,13 +9,20 @@ def consensus(task_vectors, mask_scale=0.4, min_tasks=2):
     task alone ("selfish") are lost by design. Usually scaled as task arithmetic is. `min_tasks` is in 1 ... number of
     tasks; one task alone needs 1, and then gives its expert.
     """
+    parts = consensus_parts(task_vectors, mask_scale, min_tasks)
+    return {name: stack(parts, name).sum(0) for name in tensor_names(task_vectors)}
+
+
+def consensus_parts(task_vectors, mask_scale=0.4, min_tasks=2):
+    """Each task's part in `consensus`: its task vector without the entries that too few tasks use."""
     if not 1 <= min_tasks <= len(task_vectors):
         raise ValueError(
             f"`min_tasks` is {min_tasks} and there are {len(task_vectors)} tasks, so nothing could be kept. "
             f"Give an integer from 1 to {len(task_vectors)}."
         )
-    merged = {}
-    for name in tensor_names(task_vectors):
+
+    def keep(name):
         stacked = stack(task_vectors, name)
-        merged[name] = stacked.sum(0) * (masks(stacked, mask_scale).sum(0) >= min_tasks)
-    return merged
+        return stacked * (masks(stacked, mask_scale).sum(0) >= min_tasks)
+
+    return unstack(task_vectors, ((name, keep(name)) for name in tensor_names(task_vectors)))

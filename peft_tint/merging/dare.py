@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from ._stack import check_share, stack, tensor_names
+from ._stack import check_share, stack, tensor_names, unstack
 
 
 def dare(task_vectors, density=0.1, seed=0):
@@ -14,6 +14,12 @@ def dare(task_vectors, density=0.1, seed=0):
     """
     dropped = drop(density, seed)
     return {name: stack(task_vectors, name, dropped).sum(0) for name in tensor_names(task_vectors)}
+
+
+def dare_parts(task_vectors, density=0.1, seed=0):
+    """Each task's part in `dare`: what is left of its task vector, rescaled."""
+    dropped = drop(density, seed)
+    return unstack(task_vectors, ((name, stack(task_vectors, name, dropped)) for name in tensor_names(task_vectors)))
 
 
 def drop(density, seed):

@@ -2,7 +2,7 @@ import re
 
 import torch
 
-from ._stack import stack
+from ._stack import stack, tensor_names, unstack
 from .task_arithmetic import task_arithmetic
 
 
@@ -19,8 +19,19 @@ def lines(task_vectors, alpha=None, beta=0.5, inner=task_arithmetic):
     if alpha is None:
         summed = (stack(task_vectors, name).sum(0) for name in merged)
         alpha = l1_norm(summed) / (l1_norm(merged.values()) or 1) / len(task_vectors)
-    last = max((block_number(name) for name in merged), default=0)
-    return {name: tensor * (alpha + beta * block_number(name) / max(1, last)) for name, tensor in merged.items()}
+    scales = scale_of_names(merged, alpha, beta)
+    return {name: tensor * scales[name] for name, tensor in merged.items()}
+
+
+def lines_parts(task_vectors, alpha=None, beta=0.5):
+    """Each task's part in `lines` over task arithmetic: its scaled task vector. `alpha` is 1 / number of tasks."""
+    scales = scale_of_names(tensor_names(task_vectors), 1 / len(task_vectors) if alpha is None else alpha, beta)
+    return unstack(task_vectors, ((name, stack(task_vectors, name) * scales[name]) for name in scales))
+
+
+def scale_of_names(names, alpha, beta):
+    last = max((block_number(name) for name in names), default=0)
+    return {name: alpha + beta * block_number(name) / max(1, last) for name in names}
 
 
 def l1_norm(tensors) -> float:

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import check_share, stack, tensor_names
+from ._stack import check_share, stack, tensor_names, unstack
 
 
 def magnitude(task_vectors, density=0.2):
@@ -9,6 +9,12 @@ def magnitude(task_vectors, density=0.2):
     It is TIES without the signs: lossy by `density`, also for one task alone. See `trim`."""
     trimmed = trim(task_vectors, density)
     return {name: stack(task_vectors, name, trimmed).sum(0) for name in tensor_names(task_vectors)}
+
+
+def magnitude_parts(task_vectors, density=0.2):
+    """Each task's part in `magnitude`: its trimmed task vector."""
+    trimmed = trim(task_vectors, density)
+    return unstack(task_vectors, ((name, stack(task_vectors, name, trimmed)) for name in tensor_names(task_vectors)))
 
 
 def trim(task_vectors, density):

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names
+from ._stack import stack, tensor_names, unstack
 from ._svd import polar, svd
 
 
@@ -11,12 +11,30 @@ def tsv(task_vectors):
     released code would lose the tensor); U and V of all tasks together are replaced by their polar factors and the
     singular values are kept. All but matrices: the mean. Lossy by the truncation, except for one task alone.
     """
-    return {name: _merge(stack(task_vectors, name)) for name in tensor_names(task_vectors)}
+    merged = {}
+    for name in tensor_names(task_vectors):
+        stacked = stack(task_vectors, name)
+        merged[name] = stacked.mean(0)
+        if stacked.ndim == 3:
+            u, s, vh = _decorrelated(stacked)
+            merged[name] = torch.cat(u, 1) * torch.cat(s) @ torch.cat(vh)
+    return merged
 
 
-def _merge(stacked):
-    if stacked.ndim != 3:
-        return stacked.mean(0)
+def tsv_parts(task_vectors):
+    """Each task's part in `tsv`: its own decorrelated triplets; of all but matrices, its share in the mean."""
+
+    def parts(stacked):
+        if stacked.ndim != 3:
+            return stacked / len(stacked)
+        return torch.stack([u * s @ vh for u, s, vh in zip(*_decorrelated(stacked), strict=True)])
+
+    return unstack(task_vectors, ((name, parts(stack(task_vectors, name))) for name in tensor_names(task_vectors)))
+
+
+def _decorrelated(stacked):
+    """Per task u (m, r), s (r,), vh (r, n), where the u of all tasks are orthogonal, and the vh."""
     rank = max(1, min(stacked.shape[1:]) // len(stacked))
     u, s, vh = zip(*(svd(matrix, rank) for matrix in stacked), strict=True)
-    return polar(torch.cat(u, 1)) * torch.cat(s) @ polar(torch.cat(vh))
+    ranks = [len(values) for values in s]
+    return polar(torch.cat(u, 1)).split(ranks, 1), s, polar(torch.cat(vh)).split(ranks)

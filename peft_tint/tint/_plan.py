@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..experts import check_expert, load_expert, set_tensor, without_adapters
+from ..merging import transform_task_vectors
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._auto import choose_tint_layer
 from ._structure import (
@@ -104,6 +105,8 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             if dense[name] or low_rank[name]:
                 plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name))
     _drop_unchanged(plan)
+    if config.transform is not None:
+        _transform(plan, base, list(sources), config)
     for name, copies in plan.expert_modules.items():
         plan.task_modules[name] = _initial_modules(config, name, modules[name], copies, trainable[name])
     if config.tint_layer is None and not trainable:
@@ -113,6 +116,24 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             stacklevel=2,
         )
     return plan
+
+
+def _transform(plan, base, tasks, config):
+    """Puts each task's part in a merge in the place of its task vector."""
+
+    def task_vector(index):
+        one_hot = torch.eye(len(tasks))[index]
+        for name, (module, leaf) in base.owned.items():
+            zero = torch.zeros((), device=base.tensors[name].device).expand(base.tensors[name].shape)
+            own = plan.task_vectors.get(module, {}).get(leaf)  # None where no expert changed it, which counts as zeros
+            yield name, zero if own is None else own.bake(zero, one_hot.to(zero.device))
+
+    task_vectors = {task: dict(task_vector(index)) for index, task in enumerate(tasks)}
+    parts = transform_task_vectors(task_vectors, config.transform, **config.transform_kwargs)
+    for name, (module, leaf) in base.owned.items():
+        if own := plan.task_vectors.get(module, {}).get(leaf):
+            dense = {index: parts[task][name].to(own.dtype) for index, task in enumerate(tasks)}
+            plan.task_vectors[module][leaf] = TaskVectors(dense, {}, own)
 
 
 def check_unquantised(model, tensors, buffers):

@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..experts import REFERENCE_KEYS
+from ..merging import check_transform
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -47,6 +48,12 @@ class TintConfig(PeftConfig):
         coefficient_bounds (`list[float]`, *optional*):
             The interval onto which the trainer projects the coefficients after each update, `[0, 1]` by default.
             `None` leaves them free.
+        transform (`str`, *optional*):
+            What becomes of the task vectors before they are merged: each task's part in a data-free merge, one of
+            `"ties"` (with the density 0.2 it gives AdaMerging++), `"dare"`, `"magnitude"`, `"consensus"`, `"lines"`
+            and `"tsv"`. The experts, and their pseudo-labels, stay what they are, which takes their task vectors again.
+        transform_kwargs (`dict`):
+            The transform's arguments, such as `{"density": 0.2}`.
         init_weights (`bool`):
             `False` starts from random coefficients.
         layers_to_transform (`list[int] | int`, *optional*):
@@ -88,6 +95,11 @@ class TintConfig(PeftConfig):
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "The coefficients are projected onto this interval after each update; None: free."},
     )
+    transform: str | None = field(
+        default=None,
+        metadata={"help": "Put each task's part in this merge in the place of its task vector: 'ties', 'dare', ..."},
+    )
+    transform_kwargs: dict = field(default_factory=dict, metadata={"help": "The transform's arguments."})
     init_weights: bool = field(default=True, metadata={"help": "False: random coefficients."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "The indices of the blocks to merge."}
@@ -123,6 +135,10 @@ class TintConfig(PeftConfig):
         layers = [self.tint_layer] if isinstance(self.tint_layer, str) else self.tint_layer or []
         if not isinstance(layers, list) or not all(isinstance(name, str) and name for name in layers):
             raise ValueError(f"`tint_layer` is {self.tint_layer!r}; it must be a module name or a list of them.")
+        if self.transform is not None:
+            check_transform(self.transform, self.transform_kwargs)
+        elif self.transform_kwargs:
+            raise ValueError(f"`transform_kwargs` is {self.transform_kwargs!r}; name the `transform` that takes them.")
         _check_choice("tint_layer_init", self.tint_layer_init, ("expert", "merged", "base"))
         _check_choice("granularity", self.granularity, ("tensor", "module", "block", "model"))
 

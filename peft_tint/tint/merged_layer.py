@@ -91,6 +91,7 @@ class MergedLayer(nn.Module, BaseTunerLayer):
             rows = self.tint_coefficients[adapter].expand(len(self.tint_task_vectors[adapter]), -1)
             for row, (key, vectors) in zip(rows, self.tint_task_vectors[adapter].items(), strict=True):
                 if self.expert is not None:
+                    vectors = vectors.original or vectors
                     row = torch.zeros_like(row).index_fill(0, torch.tensor(self.expert[1], device=row.device), 1.0)
                 yield key.replace("/", "."), row, vectors
 

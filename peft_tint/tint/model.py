@@ -69,7 +69,7 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` first.")
     ours, theirs = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **kwargs)
     structure = ("peft_type", "experts", "tasks", "target_modules", "exclude_modules", "tint_layer", "granularity")
-    for field in (*structure, "coefficient_bounds"):
+    for field in (*structure, "coefficient_bounds", "transform", "transform_kwargs"):
         if getattr(ours, field) != getattr(theirs, field, None):
             raise ValueError(
                 f"The tint in {model_id!r} has {field}={getattr(theirs, field, None)!r}, the adapter {adapter_name!r} "
@@ -239,7 +239,7 @@ class TintModel(BaseTuner):
         tensors = list(base.values())
         for layer in self._merged_layers():
             for vectors in layer.tint_task_vectors[self._adapter].values():
-                tensors += vectors.of(self.tasks.index(task))
+                tensors += (vectors.original or vectors).of(self.tasks.index(task))
         for layer in self._per_task_layers():
             tensors += layer.expert_modules[self._adapter][task].buffers()
         tensors += self._unmerged[self._adapter][task].values()
