@@ -432,11 +432,7 @@ class TintModel(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         config = self.peft_config[adapter_name]
-        taken = hasattr(nn.ModuleDict, adapter_name) or hasattr(nn.ParameterDict, adapter_name)
-        if taken or not adapter_name or "." in adapter_name or adapter_name in ("weight", "bias"):
-            raise ValueError(f"The adapter name {adapter_name!r} is taken in PyTorch's modules; use another.")
-        if adapter_name in {f"{task}_task" for task in config.experts or ()}:
-            raise ValueError(f"The adapter name {adapter_name!r} is that of a task's tint layer; use another.")
+        _check_adapter_name(adapter_name, config.experts or ())
         if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
@@ -578,6 +574,15 @@ class TintModel(BaseTuner):
         names |= {f"base_model.model.{saved}": key for saved, key in names.items()}  # of a model without a PeftModel
         state_dict = {names.get(key, key): value for key, value in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _check_adapter_name(name, tasks):
+    """Names that PyTorch refuses late, or that could not be told from others in a file."""
+    taken = hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("weight", "bias")
+    if taken or not name or "." in name:
+        raise ValueError(f"The adapter name {name!r} is taken in PyTorch's modules; use another.")
+    if name in {f"{task}_task" for task in tasks}:
+        raise ValueError(f"The adapter name {name!r} is that of a task's tint layer; use another.")
 
 
 def _is_saved(key, adapter_name):
