@@ -29,7 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .task_vectors import LowRank
+from .task_vectors import LowRank, compute_task_vector
 
 REFERENCE_KEYS = ("id", "revision", "subfolder")
 # Settings, by their names in various models, that change what a model computes but the shape of no tensor.
@@ -58,6 +58,15 @@ class Expert(NamedTuple):
     module: nn.Module | None
     config: PretrainedConfig | None
     low_rank: dict[str, LowRank] = {}  # noqa: RUF012, never changed
+
+    def by_tensor(self, base_tensors: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """By the id of the base's tensor, since a state dict may have a tied one under another of its names."""
+        return {id(base_tensors[name]): value for name, value in self.tensors.items()}
+
+    def task_vector(self, name: str, weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """What the expert changed of the base's `weight`, where `tensor` is its own without the low-rank part."""
+        change = compute_task_vector(tensor.to(weight.device), weight.detach())
+        return change + self.low_rank[name].dense().view(change.shape).to(change) if name in self.low_rank else change
 
 
 def load_expert(task: str, source, base: nn.Module) -> Expert:

@@ -52,8 +52,8 @@ class TaskVectors(nn.Module):
         return tensors if self.a is None else [*tensors, self.b[:, low_rank], self.a[low_rank]]
 
     def rank_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The factor of each column of `b` and row of `a`, in float32. `coefficients` has shape (tasks,)."""
-        return coefficients.float()[self.rank_tasks]
+        """The factor of each column of `b` and row of `a`, at least in float32. `coefficients` has shape (tasks,)."""
+        return coefficients.to(_wide(coefficients))[self.rank_tasks]
 
     def merge(self, weight: torch.Tensor, coefficients: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
         """W0 + sum_k lambda_k tau_k, differentiable in `coefficients`; without the LoRA experts if not `low_rank`."""

@@ -423,3 +423,11 @@ def test_all_linear(bert):
     model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], target_modules="all-linear"))
     units = model.coefficients().units
     assert len(units) == 2 * (6 * 2 + 1) and not any("LayerNorm" in unit or "embeddings" in unit for unit in units)
+
+
+def test_all_linear_leaves_the_vocabulary_out():
+    base = ARCHITECTURES["llama"].build()
+    experts = make_experts(base, ["a", "b"])
+    model = peft_tint.from_experts(base, experts, target_modules="all-linear", tint_layer=[])
+    units = model.coefficients().units
+    assert units and not any("lm_head" in unit or "norm" in unit for unit in units)

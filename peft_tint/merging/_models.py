@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..experts import check_expert, load_expert
-from ..task_vectors import compute_task_vector
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
 from ..tint._structure import find_head, is_under, named_tensors, plain_modules
 from ._registry import check_method, merge_task_vectors
@@ -56,10 +55,9 @@ def merge(
         expert = load_expert(task, source, base)
         fixed = buffers - in_head if per_task else buffers
         check_expert(expert, tensors, in_head, fixed, getattr(base, "config", None))
-        # by the base's tensor, since a state dict may have a tied one under another of its names
-        of_expert = {id(tensors[name]): value for name, value in expert.tensors.items()}
+        of_expert = expert.by_tensor(tensors)
         task_vectors[task] = {
-            name: _task_vector(of_expert[key], tensors[name], expert.low_rank.get(name))
+            name: expert.task_vector(name, tensors[name], of_expert[key])
             for key, name in names.items()
             if of_expert[key].shape == tensors[name].shape  # only heads' may differ
         }
@@ -83,13 +81,6 @@ def merge(
             setattr(models[task], name, module.train(base.training))
         set_labels(models[task], labels[task])
     return models
-
-
-def _task_vector(tensor, weight, low_rank):
-    change = compute_task_vector(tensor.to(weight.device), weight)
-    if low_rank is not None:
-        change = change + low_rank.dense().view(change.shape).to(change)
-    return change
 
 
 def _own_module(expert, name, base_module, tensors, of_expert):

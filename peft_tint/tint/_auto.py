@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from ..experts import check_expert, load_expert
-from ..task_vectors import compute_task_vector
 from ._structure import find_head, has_parameters, is_under, named_tensors, unit_name
 
 
@@ -35,11 +34,9 @@ def choose_tint_layer(model: nn.Module, modules: dict[str, nn.Module], sources: 
     for task, source in sources.items():
         expert = load_expert(task, source, model)
         check_expert(expert, tensors, per_task, buffers - per_task, getattr(model, "config", None))
-        of_expert = {id(tensors[name]): value for name, value in expert.tensors.items()}
+        of_expert = expert.by_tensor(tensors)
         for name in total:
-            change = compute_task_vector(of_expert[id(tensors[name])].to(total[name].device), tensors[name].detach())
-            if name in expert.low_rank:
-                change += expert.low_rank[name].dense().view(change.shape).to(change)
+            change = expert.task_vector(name, tensors[name], of_expert[id(tensors[name])])
             total[name] += change
             squares[name] += change.square().sum().item()
     count = len(sources)

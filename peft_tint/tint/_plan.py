@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import _skip_init_on_device
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..experts import check_expert, load_expert, set_tensor, without_adapters
@@ -72,8 +73,9 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             config.tint_layer = choose_tint_layer(model, modules, sources)
     trainable = _per_task_modules(config, model, modules)
     if config.target_modules == "all-linear":
+        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
         linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-        config.target_modules = {name for name in linears if not is_under(name, trainable)}
+        config.target_modules = {n for n in linears if not is_under(n, trainable) and modules[n] is not vocabulary}
     targets, tied = _merged_parameters(config, modules, trainable)
     chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     chosen = {field: value for field in chosen if (value := getattr(config, field)) is not None}
@@ -153,8 +155,7 @@ def check_unquantised(model, tensors, buffers):
 
 def _add_expert(plan, base, expert, index, dense, low_rank):
     """Accounts for each tensor of an expert: it is merged, the task's own, or kept as it is for `TintModel.expert`."""
-    # by the base's tensor, since a state dict may have a tied one under another of its names
-    of_expert = {id(base.tensors[name]): value for name, value in expert.tensors.items()}
+    of_expert = expert.by_tensor(base.tensors)
     for name, factors in expert.low_rank.items():
         if name in base.owned:
             device = base.tensors[name].device

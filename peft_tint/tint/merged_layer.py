@@ -100,11 +100,8 @@ class MergedLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
-        low_rank = [
-            (coefficients, vectors)
-            for name, coefficients, vectors in self._terms()
-            if name == "weight" and vectors.a is not None and adds_low_rank(self.base_layer)
-        ]
+        terms = self._terms() if adds_low_rank(self.base_layer) else ()
+        low_rank = [(row, vectors) for name, row, vectors in terms if name == "weight" and vectors.a is not None]
         self._in_forward = self.merged_tensors(low_rank=not low_rank)
         try:
             with _shadowed(self.base_layer, self._in_forward):

@@ -375,16 +375,18 @@ class TintModel(BaseTuner):
 
     def set_adapter(self, adapter_name, inference_mode=False):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if self.active_adapters and self._adapter in self._labels:  # not yet while it is being injected
-            set_labels(self.model, self._labels[self._adapter][self.task])
+        self._show_labels()
 
     def delete_adapter(self, adapter_name):
         super().delete_adapter(adapter_name)
         for state in (self._task, self._labels, self._unmerged):
             state.pop(adapter_name)
+        self._show_labels()
+
+    def _show_labels(self):
         if not self.active_adapters:
             set_labels(self.model, self._base_labels)
-        elif self._adapter in self._labels:
+        elif self._adapter in self._labels:  # not yet while it is being injected
             set_labels(self.model, self._labels[self._adapter][self.task])
 
     def _enable_adapter_layers(self, enabled=True):
