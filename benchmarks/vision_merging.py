@@ -60,7 +60,7 @@ def main():
     for method in args.methods:
         started = time.process_time()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The experts' heads differ")  # they are put on below
+            warnings.filterwarnings("ignore", "The head of expert")  # they are put on below
             merged = merge(base, experts, method, **SETTINGS.get(method, {}))
         seconds = time.process_time() - started
         rows[method] = merged if isinstance(merged, dict) else dict.fromkeys(args.tasks, merged), seconds

@@ -69,6 +69,24 @@ class Expert(NamedTuple):
         return change + self.low_rank[name].dense().view(change.shape).to(change) if name in self.low_rank else change
 
 
+class TaskVector(Mapping):
+    """The task vector of an expert, {name of a base tensor: tensor}, each computed when it is read."""
+
+    def __init__(self, expert: Expert, base_tensors: dict[str, torch.Tensor], names):
+        self.expert, self.base_tensors, self.names = expert, base_tensors, names
+        self.of_expert = expert.by_tensor(base_tensors)
+
+    def __getitem__(self, name):
+        weight = self.base_tensors[name]
+        return self.expert.task_vector(name, weight, self.of_expert[id(weight)])
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
 def load_expert(task: str, source, base: nn.Module) -> Expert:
     """Loads the expert of `task` as a model of the base's class.
 

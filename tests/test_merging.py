@@ -379,7 +379,7 @@ def test_lines_of_the_paper():
         {**task_vectors, "b": task_vectors["a"]},
         "lines",
         beta=0.0,
-        inner=lambda vectors: {name: 4 * tensor for name, tensor in vectors["a"].items()},
+        inner=lambda vectors: ((name, 4 * tensor) for name, tensor in vectors["a"].items()),
     )
     torch.testing.assert_close(twice["proj"], torch.ones(2))
 
@@ -406,7 +406,7 @@ def test_spectra_of_the_papers_matrices():
 
 
 def test_registry(method):
-    function, paper, per_task, _ = MERGING_METHODS[method]
+    function, paper, per_task, *_ = MERGING_METHODS[method]
     assert paper.startswith("https://") and (paper in function.__doc__)
     merged = merge_task_vectors(random_task_vectors(tasks_of(method)), method)
     assert set(merged) == (set(tasks_of(method)) if per_task else set(SHAPES))
@@ -646,7 +646,7 @@ def test_merged_models(name):
     experts = make_experts(base, tasks)
     befores = [snapshot(model) for model in (base, *experts.values())]
     if architecture.has_head:
-        with pytest.warns(UserWarning, match="heads differ from the base's in shape"):
+        with pytest.warns(UserWarning, match="differs from the base's in shape"):
             merged = merge(base, experts, "task_arithmetic", scale=0.3)
     else:
         merged = merge(base, experts, "task_arithmetic", scale=0.3)

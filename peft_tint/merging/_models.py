@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..experts import check_expert, load_expert
+from ..experts import TaskVector, check_expert, load_expert
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
 from ..tint._structure import find_head, is_under, named_tensors, plain_modules
-from ._registry import check_method, merge_task_vectors
+from ._registry import check_method, merge_tensors
 
 
 @torch.no_grad()
@@ -20,13 +20,15 @@ def merge(
     experts: Mapping[str, str | os.PathLike | dict | nn.Module],
     method: str = "ties",
     scale: float = 1.0,
+    per_tensor: bool = False,
     **kwargs,
 ) -> nn.Module | dict[str, nn.Module]:
     """The base plus `scale` times the merged task vector, as a copy of `base`; {task: copy} for a per-task method.
 
     `experts` is {task: Hub id, folder, module, PeftModel or state dict}, as in `TintConfig.experts`; LoRA experts count
-    by their exact deltas. `method` is one of `MERGING_METHODS` and `kwargs` are its own. Nothing that is given is
-    changed. Task vectors are merged in float32, and the result has the base's dtypes.
+    by their exact deltas. `method` is one of `MERGING_METHODS`, `kwargs` are its own, and `per_tensor` is as in
+    `merge_task_vectors`. Nothing that is given is changed. Task vectors are merged in float32, one tensor at a time,
+    and the result has the base's dtypes.
 
     - All parameters are merged, tied ones once. Buffers stay the base's, and the experts' must be equal to them.
     - A one-model method merges the head as all else if every expert's has the base's shapes. If one has not, no part of
@@ -36,7 +38,7 @@ def merge(
 
     Raises ValueError for an unknown method or argument, and for an expert that does not fit (see `check_expert`).
     """
-    per_task = check_method(method, kwargs).per_task
+    per_task = check_method(method, kwargs, per_tensor).per_task
     if hasattr(base, "peft_config"):
         raise ValueError("The base model has an adapter; give the model without it (`model.unload()`).")
     if not experts:
@@ -50,37 +52,40 @@ def merge(
     for name in tensors:
         if name not in buffers and not (per_task and name in in_head):
             names.setdefault(id(tensors[name]), name)
-    task_vectors, heads, labels = {}, {}, {}
+    loaded, heads, labels = {}, {}, {}
     for task, source in experts.items():
-        expert = load_expert(task, source, base)
+        expert = loaded[task] = load_expert(task, source, base)
         fixed = buffers - in_head if per_task else buffers
         check_expert(expert, tensors, in_head, fixed, getattr(base, "config", None))
         of_expert = expert.by_tensor(tensors)
-        task_vectors[task] = {
-            name: expert.task_vector(name, tensors[name], of_expert[key])
-            for key, name in names.items()
-            if of_expert[key].shape == tensors[name].shape  # only heads' may differ
-        }
         if per_task:
             heads[task] = {name: _own_module(expert, name, modules[name], tensors, of_expert) for name in head}
             labels[task] = expert_labels(expert, base, heads[task].values())
-    if any(len(task_vector) < len(names) for task_vector in task_vectors.values()):
-        warnings.warn(
-            f"The experts' heads differ from the base's in shape, so {', '.join(head)} of the merged model stay the "
-            "base's. Merge by a per-task method, or put an expert's head on the merged model.",
-            stacklevel=2,
-        )
-        task_vectors = {t: {n: v for n, v in own.items() if n not in in_head} for t, own in task_vectors.items()}
-    merged = merge_task_vectors(task_vectors, method, **kwargs)
-    if not per_task:
-        return _apply(base, merged, scale)
-    models = {}
-    for task, task_vector in merged.items():
-        models[task] = _apply(base, task_vector, scale)
+        elif any(of_expert[key].shape != tensors[name].shape for key, name in names.items()):  # only a head's may
+            warnings.warn(
+                f"The head of expert {task!r} differs from the base's in shape, so {', '.join(head)} of the merged "
+                "model stay the base's. Merge by a per-task method, or put an expert's head on the merged model.",
+                stacklevel=2,
+            )
+            names = {key: name for key, name in names.items() if name not in in_head}
+    names = list(names.values())
+    for name in names:
+        if not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"The base model's {name!r} has NaN or Inf; load it again.")
+    models = {task: copy.deepcopy(base) for task in (experts if per_task else [""])}
+    of_models = {task: named_tensors(dict(plain_modules(model)))[0] for task, model in models.items()}
+
+    def read(scope):
+        return {task: TaskVector(expert, tensors, scope) for task, expert in loaded.items()}
+
+    for name, change in merge_tensors(read, names, method, per_tensor, kwargs):
+        for task, own in zip(sorted(models), change if per_task else [change], strict=True):
+            of_models[task][name].copy_(add_change(name, tensors[name], own, scale))
+    for task in heads:
         for name, module in heads[task].items():
             setattr(models[task], name, module.train(base.training))
         set_labels(models[task], labels[task])
-    return models
+    return models if per_task else models[""]
 
 
 def _own_module(expert, name, base_module, tensors, of_expert):
@@ -91,13 +96,9 @@ def _own_module(expert, name, base_module, tensors, of_expert):
     return expert_module(expert, name, base_module, tensors, of_expert)
 
 
-def _apply(base, task_vector, scale):
-    """A copy of the base with `scale` times the task vector added, in float32 and then rounded once."""
-    model = copy.deepcopy(base)
-    tensors, _ = named_tensors(dict(plain_modules(model)))
-    for name, change in task_vector.items():
-        weight = (tensors[name] + scale * change).to(tensors[name].dtype)
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"{name!r} is out of {weight.dtype}'s range with `scale`={scale}; give a smaller one.")
-        tensors[name].copy_(weight)
-    return model
+def add_change(name, weight, change, scale, dtype=None):
+    """The weight with `scale` times the change added, in float32 and then rounded once."""
+    merged = (weight + scale * change).to(dtype or weight.dtype)
+    if not torch.isfinite(merged).all():
+        raise ValueError(f"{name!r} is out of {merged.dtype}'s range with `scale`={scale}; give a smaller one.")
+    return merged

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._stack import tensor_names
 from .average import average
 from .consensus import consensus, consensus_parts
 from .dare import dare, dare_parts
@@ -25,28 +26,31 @@ from .wudi import wudi
 
 
 class MergingMethod(NamedTuple):
-    """`function(task_vectors, **kwargs)` returns a task vector, or {task: task vector} if `per_task`.
+    """`function(task_vectors, **kwargs)` yields (name, tensor) of the merged task vector, tensor by tensor, so that not
+    all need to be in memory; if `per_task`, a stack of the tasks' own tensors, in the order of the tasks' names.
 
-    `parts(task_vectors, **kwargs)` returns {task: task vector}, the tasks' parts of which `function`'s result is the
-    sum (by "sum", where it aggregates): what `TintConfig.transform` puts in the place of the task vectors."""
+    `parts(task_vectors, **kwargs)` yields (name, stack) of the tasks' parts, of which `function`'s result is the sum
+    (by "sum", where it aggregates): what `TintConfig.transform` puts in the place of the task vectors. `elementwise`
+    methods treat all entries alike, and cannot tell a piece of a tensor from a tensor."""
 
     function: Callable
     paper: str
     per_task: bool = False
     parts: Callable | None = None
+    elementwise: bool = False
 
 
 MERGING_METHODS = {
-    "average": MergingMethod(average, "https://arxiv.org/abs/2203.05482"),
-    "task_arithmetic": MergingMethod(task_arithmetic, "https://arxiv.org/abs/2212.04089"),
-    "ties": MergingMethod(ties, "https://arxiv.org/abs/2306.01708", parts=ties_parts),
+    "average": MergingMethod(average, "https://arxiv.org/abs/2203.05482", elementwise=True),
+    "task_arithmetic": MergingMethod(task_arithmetic, "https://arxiv.org/abs/2212.04089", elementwise=True),
+    "ties": MergingMethod(ties, "https://arxiv.org/abs/2306.01708", parts=ties_parts, elementwise=True),
     "dare": MergingMethod(dare, "https://arxiv.org/abs/2311.03099", parts=dare_parts),
     "dare_ties": MergingMethod(dare_ties, "https://arxiv.org/abs/2311.03099"),
-    "magnitude": MergingMethod(magnitude, "https://arxiv.org/abs/1506.02626", parts=magnitude_parts),
-    "tall_masks": MergingMethod(tall_masks, "https://arxiv.org/abs/2405.07813", per_task=True),
-    "consensus": MergingMethod(consensus, "https://arxiv.org/abs/2405.07813", parts=consensus_parts),
+    "magnitude": MergingMethod(magnitude, "https://arxiv.org/abs/1506.02626", parts=magnitude_parts, elementwise=True),
+    "tall_masks": MergingMethod(tall_masks, "https://arxiv.org/abs/2405.07813", per_task=True, elementwise=True),
+    "consensus": MergingMethod(consensus, "https://arxiv.org/abs/2405.07813", parts=consensus_parts, elementwise=True),
     "lines": MergingMethod(lines, "https://arxiv.org/abs/2410.17146", parts=lines_parts),
-    "emr": MergingMethod(emr, "https://arxiv.org/abs/2405.17461", per_task=True),
+    "emr": MergingMethod(emr, "https://arxiv.org/abs/2405.17461", per_task=True, elementwise=True),
     "tsv": MergingMethod(tsv, "https://arxiv.org/abs/2412.00081", parts=tsv_parts),
     "iso_c": MergingMethod(iso_c, "https://arxiv.org/abs/2502.04959"),
     "iso_cts": MergingMethod(iso_cts, "https://arxiv.org/abs/2502.04959"),
@@ -56,14 +60,21 @@ MERGING_METHODS = {
 }
 
 
-def merge_task_vectors(task_vectors: dict[str, dict[str, torch.Tensor]], method: str = "task_arithmetic", **kwargs):
+def merge_task_vectors(
+    task_vectors: dict[str, dict[str, torch.Tensor]],
+    method: str = "task_arithmetic",
+    per_tensor: bool = False,
+    **kwargs,
+):
     """Merges task vectors {task: {tensor name: tensor}} by one of `MERGING_METHODS`; `kwargs` are the method's own.
 
     Returns one task vector, or {task: task vector} for a per-task method, in float32; what is given stays unchanged.
+    `per_tensor=True` takes each tensor for a whole vector: TIES and magnitude pruning then keep the largest entries of
+    each tensor rather than of the model, and EMR rescales each by itself.
     Raises ValueError for an unknown method or argument, and for task vectors that differ in names or shapes or have
     integers, NaN or Inf.
     """
-    check_method(method, kwargs)
+    per_task = check_method(method, kwargs, per_tensor).per_task
     if not task_vectors:
         raise ValueError("`task_vectors` is empty; give {task: {tensor name: tensor}}.")
     first = next(iter(task_vectors))
@@ -80,13 +91,34 @@ def merge_task_vectors(task_vectors: dict[str, dict[str, torch.Tensor]], method:
             if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
                 problem = "has NaN or Inf" if tensor.is_floating_point() else f"has the type {tensor.dtype}"
                 raise ValueError(f"Task {task!r}: {name!r} {problem}; only finite floats can be merged.")
-    return MERGING_METHODS[method].function(task_vectors, **kwargs)
+    merged = merge_tensors(
+        lambda names: {task: {name: tensors[name] for name in names} for task, tensors in task_vectors.items()},
+        tensor_names(task_vectors),
+        method,
+        per_tensor,
+        kwargs,
+    )
+    return _by_task(task_vectors, merged) if per_task else dict(merged)
+
+
+def merge_tensors(read, names, method, per_tensor, kwargs):
+    """Yields what the method yields, from `read(names)`, the task vectors' tensors of these names."""
+    for scope in [[name] for name in names] if per_tensor else [names]:
+        yield from MERGING_METHODS[method].function(read(scope), **kwargs)
+
+
+def _by_task(task_vectors, merged):
+    own = {task: {} for task in task_vectors}
+    for name, stacked in merged:
+        for task, tensor in zip(sorted(own), stacked, strict=True):
+            own[task][name] = tensor
+    return own
 
 
 def transform_task_vectors(task_vectors: dict[str, dict[str, torch.Tensor]], method: str, **kwargs):
     """{task: task vector}: each task's part in a merge by `method`, in float32. Raises as `check_transform` does."""
     check_transform(method, kwargs)
-    return MERGING_METHODS[method].parts(task_vectors, **kwargs)
+    return _by_task(task_vectors, MERGING_METHODS[method].parts(task_vectors, **kwargs))
 
 
 def check_transform(method: str, kwargs: dict) -> None:
@@ -97,11 +129,13 @@ def check_transform(method: str, kwargs: dict) -> None:
     _check_arguments(method, MERGING_METHODS[method].parts, kwargs)
 
 
-def check_method(method: str, kwargs: dict) -> MergingMethod:
+def check_method(method: str, kwargs: dict, per_tensor: bool = False) -> MergingMethod:
     """Raises ValueError, with the known ones, for an unknown method or an argument that it does not take."""
     if method not in MERGING_METHODS:
         raise ValueError(f"There is no merging method {method!r}; there are {', '.join(MERGING_METHODS)}.")
     _check_arguments(method, MERGING_METHODS[method].function, kwargs)
+    if per_tensor and method == "lines":
+        raise ValueError("`lines` scales tensors by their depth in the model; it has no `per_tensor`.")
     return MERGING_METHODS[method]
 
 

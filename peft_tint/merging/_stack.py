@@ -11,17 +11,20 @@ def stack(task_vectors: dict[str, dict], name: str, change=None) -> torch.Tensor
     """A tensor of all tasks, (tasks, *shape), copied to float32. `change(task, name, tensor)` is applied to each.
 
     The tasks are in the order of their names, so that the order in which they were given changes no bit of a sum."""
-    tensors = {task: task_vectors[task][name].detach().float() for task in sorted(task_vectors)}
-    return torch.stack([change(task, name, tensor) if change else tensor for task, tensor in tensors.items()])
+    stacked = None
+    for row, task in enumerate(sorted(task_vectors)):
+        tensor = task_vectors[task][name].detach()
+        tensor = change(task, name, tensor.float()) if change else tensor
+        if stacked is None:  # filled row by row: a list to stack would take as much again
+            stacked = tensor.new_empty(len(task_vectors), *tensor.shape, dtype=torch.float32)
+        stacked[row] = tensor
+    return stacked
 
 
-def unstack(task_vectors: dict[str, dict], stacks) -> dict[str, dict]:
-    """{task: {name: its row}} of (name, stack) pairs."""
-    parts = {task: {} for task in task_vectors}
-    for name, stacked in stacks:
-        for task, row in zip(sorted(task_vectors), stacked, strict=True):
-            parts[task][name] = row
-    return parts
+def stacks(task_vectors: dict[str, dict], change=None):
+    """Yields (name, `stack`) of all tensors."""
+    for name in tensor_names(task_vectors):
+        yield name, stack(task_vectors, name, change)
 
 
 def check_share(name: str, value: float) -> None:

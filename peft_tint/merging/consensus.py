@@ -1,4 +1,4 @@
-from ._stack import stack, tensor_names, unstack
+from ._stack import stacks
 from .tall_masks import masks
 
 
@@ -9,8 +9,8 @@ def consensus(task_vectors, mask_scale=0.4, min_tasks=2):
     task alone ("selfish") are lost by design. Usually scaled as task arithmetic is. `min_tasks` is in 1 ... number of
     tasks; one task alone needs 1, and then gives its expert.
     """
-    parts = consensus_parts(task_vectors, mask_scale, min_tasks)
-    return {name: stack(parts, name).sum(0) for name in tensor_names(task_vectors)}
+    for name, parts in consensus_parts(task_vectors, mask_scale, min_tasks):
+        yield name, parts.sum(0)
 
 
 def consensus_parts(task_vectors, mask_scale=0.4, min_tasks=2):
@@ -20,9 +20,5 @@ def consensus_parts(task_vectors, mask_scale=0.4, min_tasks=2):
             f"`min_tasks` is {min_tasks} and there are {len(task_vectors)} tasks, so nothing could be kept. "
             f"Give an integer from 1 to {len(task_vectors)}."
         )
-
-    def keep(name):
-        stacked = stack(task_vectors, name)
-        return stacked * (masks(stacked, mask_scale).sum(0) >= min_tasks)
-
-    return unstack(task_vectors, ((name, keep(name)) for name in tensor_names(task_vectors)))
+    for name, stacked in stacks(task_vectors):
+        yield name, stacked * (masks(stacked, mask_scale).sum(0) >= min_tasks)

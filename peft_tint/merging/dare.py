@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from ._stack import check_share, stack, tensor_names, unstack
+from ._stack import check_share, stacks
 
 
 def dare(task_vectors, density=0.1, seed=0):
@@ -12,14 +12,13 @@ def dare(task_vectors, density=0.1, seed=0):
     expectation stays. Lossy by `density`, also for one task alone. What is dropped depends on `seed`, the task's and
     the tensor's name and nothing else.
     """
-    dropped = drop(density, seed)
-    return {name: stack(task_vectors, name, dropped).sum(0) for name in tensor_names(task_vectors)}
+    for name, stacked in stacks(task_vectors, drop(density, seed)):
+        yield name, stacked.sum(0)
 
 
 def dare_parts(task_vectors, density=0.1, seed=0):
     """Each task's part in `dare`: what is left of its task vector, rescaled."""
-    dropped = drop(density, seed)
-    return unstack(task_vectors, ((name, stack(task_vectors, name, dropped)) for name in tensor_names(task_vectors)))
+    yield from stacks(task_vectors, drop(density, seed))
 
 
 def drop(density, seed):

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names
+from ._stack import stacks
 
 
 def emr(task_vectors):
@@ -11,18 +11,21 @@ def emr(task_vectors):
     the paper (its released code takes one for each tensor). Lossy, except for one task alone. To store are unified, one
     bit an entry and task, and one number a task.
     """
-    merged = {task: {} for task in task_vectors}
-    norms, masked_norms = dict.fromkeys(task_vectors, 0.0), dict.fromkeys(task_vectors, 0.0)
-    for name in tensor_names(task_vectors):
-        stacked = stack(task_vectors, name)
-        sign = (stacked.mean(0) > 0).float() * 2 - 1
-        agreeing = (stacked * sign).clamp(min=0)  # (tasks, *shape), magnitudes
-        unified = sign * agreeing.amax(0)
-        for task, vector, mask in zip(sorted(task_vectors), stacked, agreeing > 0, strict=True):
-            merged[task][name] = unified * mask
-            norms[task] += vector.abs().sum(dtype=torch.float64).item()
-            masked_norms[task] += merged[task][name].abs().sum(dtype=torch.float64).item()
-    for task, tensors in merged.items():
-        for tensor in tensors.values():
-            tensor *= norms[task] / (masked_norms[task] or 1)
-    return merged
+    norms, masked_norms = (torch.zeros(len(task_vectors), dtype=torch.float64) for _ in range(2))
+    for _, stacked in stacks(task_vectors):
+        norms += _l1_norms(stacked)
+        masked_norms += _l1_norms(_mask(stacked))
+    rescalers = norms / masked_norms.where(masked_norms > 0, 1)
+    for name, stacked in stacks(task_vectors):
+        yield name, _mask(stacked).mul_(rescalers.to(stacked).view(-1, *[1] * (stacked.ndim - 1)))
+
+
+def _mask(stacked):
+    """mask_t unified, (tasks, *shape)."""
+    sign = (stacked.mean(0) > 0).float() * 2 - 1
+    agreeing = (stacked * sign).clamp(min=0)  # magnitudes
+    return sign * agreeing.amax(0) * (agreeing > 0)
+
+
+def _l1_norms(stacked):
+    return stacked.view(len(stacked), -1).abs().sum(1, dtype=torch.float64).cpu()

@@ -1,4 +1,4 @@
-from ._stack import stack, tensor_names
+from ._stack import stacks
 from ._svd import isotropic, svd
 
 
@@ -9,8 +9,5 @@ def iso_c(task_vectors):
     not count, for their vectors are arbitrary; the released code gives them the mean too, which differs for sums of low
     rank (LoRA experts). All but matrices: the mean over tasks.
     """
-    merged = {}
-    for name in tensor_names(task_vectors):
-        stacked = stack(task_vectors, name)
-        merged[name] = isotropic(*svd(stacked.sum(0))) if stacked.ndim == 3 else stacked.mean(0)
-    return merged
+    for name, stacked in stacks(task_vectors):
+        yield name, isotropic(*svd(stacked.sum(0))) if stacked.ndim == 3 else stacked.mean(0)

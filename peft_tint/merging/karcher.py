@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names
+from ._stack import stacks
 
 
 def karcher(task_vectors, max_iterations=100, tolerance=1e-9):
@@ -15,11 +15,8 @@ def karcher(task_vectors, max_iterations=100, tolerance=1e-9):
         raise ValueError(
             f"`max_iterations` is {max_iterations} and `tolerance` is {tolerance}; give a count and a positive number."
         )
-    merged = {}
-    for name in tensor_names(task_vectors):
-        stacked = stack(task_vectors, name)
-        merged[name] = _mean(stacked.view(len(stacked), -1), max_iterations, tolerance).view(stacked.shape[1:])
-    return merged
+    for name, stacked in stacks(task_vectors):
+        yield name, _mean(stacked.view(len(stacked), -1), max_iterations, tolerance).view(stacked.shape[1:])
 
 
 def _mean(rows, max_iterations, tolerance):

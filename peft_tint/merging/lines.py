@@ -2,7 +2,7 @@ import re
 
 import torch
 
-from ._stack import stack, tensor_names, unstack
+from ._stack import stacks, tensor_names
 from .task_arithmetic import task_arithmetic
 
 
@@ -15,18 +15,19 @@ def lines(task_vectors, alpha=None, beta=0.5, inner=task_arithmetic):
     the largest one + 1; towers side by side (encoder and decoder) are each counted from 0. One task alone gives its
     expert for beta = 0 only.
     """
-    merged = inner(task_vectors)
     if alpha is None:
-        summed = (stack(task_vectors, name).sum(0) for name in merged)
-        alpha = l1_norm(summed) / (l1_norm(merged.values()) or 1) / len(task_vectors)
-    scales = scale_of_names(merged, alpha, beta)
-    return {name: tensor * scales[name] for name, tensor in merged.items()}
+        summed = ((name, stacked.sum(0)) for name, stacked in stacks(task_vectors))
+        alpha = l1_norm(summed) / (l1_norm(inner(task_vectors)) or 1) / len(task_vectors)
+    scales = scale_of_names(tensor_names(task_vectors), alpha, beta)
+    for name, tensor in inner(task_vectors):
+        yield name, tensor * scales[name]
 
 
 def lines_parts(task_vectors, alpha=None, beta=0.5):
     """Each task's part in `lines` over task arithmetic: its scaled task vector. `alpha` is 1 / number of tasks."""
     scales = scale_of_names(tensor_names(task_vectors), 1 / len(task_vectors) if alpha is None else alpha, beta)
-    return unstack(task_vectors, ((name, stack(task_vectors, name) * scales[name]) for name in scales))
+    for name, stacked in stacks(task_vectors):
+        yield name, stacked * scales[name]
 
 
 def scale_of_names(names, alpha, beta):
@@ -34,8 +35,8 @@ def scale_of_names(names, alpha, beta):
     return {name: alpha + beta * block_number(name) / max(1, last) for name in names}
 
 
-def l1_norm(tensors) -> float:
-    return sum(tensor.abs().sum(dtype=torch.float64).item() for tensor in tensors)
+def l1_norm(task_vector) -> float:
+    return sum(tensor.abs().sum(dtype=torch.float64).item() for _, tensor in task_vector)
 
 
 def block_number(name: str) -> int:

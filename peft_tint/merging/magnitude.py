@@ -1,20 +1,19 @@
 import torch
 
-from ._stack import check_share, stack, tensor_names, unstack
+from ._stack import check_share, stacks
 
 
 def magnitude(task_vectors, density=0.2):
     """The sum of the task vectors, each trimmed to its largest entries (https://arxiv.org/abs/1506.02626).
 
     It is TIES without the signs: lossy by `density`, also for one task alone. See `trim`."""
-    trimmed = trim(task_vectors, density)
-    return {name: stack(task_vectors, name, trimmed).sum(0) for name in tensor_names(task_vectors)}
+    for name, stacked in stacks(task_vectors, trim(task_vectors, density)):
+        yield name, stacked.sum(0)
 
 
 def magnitude_parts(task_vectors, density=0.2):
     """Each task's part in `magnitude`: its trimmed task vector."""
-    trimmed = trim(task_vectors, density)
-    return unstack(task_vectors, ((name, stack(task_vectors, name, trimmed)) for name in tensor_names(task_vectors)))
+    yield from stacks(task_vectors, trim(task_vectors, density))
 
 
 def trim(task_vectors, density):

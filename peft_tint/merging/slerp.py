@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names
+from ._stack import stacks
 
 
 def slerp(task_vectors, t=0.5):
@@ -18,7 +18,8 @@ def slerp(task_vectors, t=0.5):
     first, second = task_vectors
     if first > second:  # `stack` has them by name
         t = 1 - t
-    return {name: _interpolate(*stack(task_vectors, name), t) for name in tensor_names(task_vectors)}
+    for name, stacked in stacks(task_vectors):
+        yield name, _interpolate(*stacked, t)
 
 
 def _interpolate(x, y, t):

@@ -1,4 +1,4 @@
-from ._stack import stack, tensor_names
+from ._stack import stacks
 
 
 def tall_masks(task_vectors, mask_scale=0.4):
@@ -8,12 +8,8 @@ def tall_masks(task_vectors, mask_scale=0.4):
     validation data. Lossy, except for one task alone: an entry is the sum's or zero. To store are the sum and one bit
     an entry and task.
     """
-    merged = {task: {} for task in task_vectors}
-    for name in tensor_names(task_vectors):
-        stacked = stack(task_vectors, name)
-        for task, masked in zip(sorted(task_vectors), masks(stacked, mask_scale) * stacked.sum(0), strict=True):
-            merged[task][name] = masked
-    return merged
+    for name, stacked in stacks(task_vectors):
+        yield name, masks(stacked, mask_scale) * stacked.sum(0)
 
 
 def masks(stacked, mask_scale):

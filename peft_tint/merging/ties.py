@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names, unstack
+from ._stack import stacks
 from .magnitude import trim
 
 
@@ -11,24 +11,23 @@ def ties(task_vectors, density=0.2, aggregate="mean"):
     tasks' sum; the entries of this sign are aggregated by their "mean" (the paper) or "sum" (usual with a scale of 0.3,
     as in AdaMerging). Lossy by `density`, also for one task alone.
     """
-    return merge_agreeing(task_vectors, trim(task_vectors, density), aggregate)
+    yield from merge_agreeing(task_vectors, trim(task_vectors, density), aggregate)
 
 
 def ties_parts(task_vectors, density=0.2):
     """Each task's part in `ties` by "sum": its trimmed entries that have the elected sign, as in AdaMerging++."""
-    return unstack(task_vectors, agreeing(task_vectors, trim(task_vectors, density)))
+    yield from agreeing(task_vectors, trim(task_vectors, density))
 
 
 def merge_agreeing(task_vectors, change, aggregate):
     """Aggregates, after `change`, the entries that have the sign of their sum over tasks."""
     if aggregate not in ("mean", "sum"):
         raise ValueError(f"`aggregate` is {aggregate!r}; choose 'mean' or 'sum'.")
-    merged = {}
     for name, entries in agreeing(task_vectors, change):
-        merged[name] = entries.sum(0)
+        merged = entries.sum(0)
         if aggregate == "mean":
-            merged[name] /= (entries != 0).sum(0).clamp(min=1)
-    return merged
+            merged /= (entries != 0).sum(0).clamp(min=1)
+        yield name, merged
 
 
 def agreeing(task_vectors, change):
@@ -36,10 +35,14 @@ def agreeing(task_vectors, change):
 
     A sum of zero takes the sign that most sums have, and the negative one if there are as many of both, as in the
     released code."""
-    names = tensor_names(task_vectors)
-    majority = sum(int(stack(task_vectors, name, change).sum(0).sign().sum(dtype=torch.long)) for name in names)
-    for name in names:
-        stacked = stack(task_vectors, name, change)
+    majority = None
+    for name, stacked in stacks(task_vectors, change):
         total = stacked.sum(0)
-        positive = torch.where(total == 0, majority > 0, total > 0)
-        yield name, torch.where(positive, stacked.clamp(min=0), stacked.clamp(max=0))
+        positive = total > 0
+        cancelled = (total == 0) & stacked.any(0)
+        if cancelled.any():
+            if majority is None:  # worth reading all once more only where it decides
+                sums = (entries.sum(0) for _, entries in stacks(task_vectors, change))
+                majority = sum(int(entries.sign().sum(dtype=torch.long)) for entries in sums)
+            positive |= cancelled & (majority > 0)
+        yield name, stacked.mul_(torch.where(positive, stacked > 0, stacked < 0))

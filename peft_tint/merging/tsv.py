@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names, unstack
+from ._stack import stacks
 from ._svd import polar, svd
 
 
@@ -11,25 +11,21 @@ def tsv(task_vectors):
     released code would lose the tensor); U and V of all tasks together are replaced by their polar factors and the
     singular values are kept. All but matrices: the mean. Lossy by the truncation, except for one task alone.
     """
-    merged = {}
-    for name in tensor_names(task_vectors):
-        stacked = stack(task_vectors, name)
-        merged[name] = stacked.mean(0)
+    for name, stacked in stacks(task_vectors):
         if stacked.ndim == 3:
             u, s, vh = _decorrelated(stacked)
-            merged[name] = torch.cat(u, 1) * torch.cat(s) @ torch.cat(vh)
-    return merged
+            yield name, torch.cat(u, 1) * torch.cat(s) @ torch.cat(vh)
+        else:
+            yield name, stacked.mean(0)
 
 
 def tsv_parts(task_vectors):
     """Each task's part in `tsv`: its own decorrelated triplets; of all but matrices, its share in the mean."""
-
-    def parts(stacked):
-        if stacked.ndim != 3:
-            return stacked / len(stacked)
-        return torch.stack([u * s @ vh for u, s, vh in zip(*_decorrelated(stacked), strict=True)])
-
-    return unstack(task_vectors, ((name, parts(stack(task_vectors, name))) for name in tensor_names(task_vectors)))
+    for name, stacked in stacks(task_vectors):
+        if stacked.ndim == 3:
+            yield name, torch.stack([u * s @ vh for u, s, vh in zip(*_decorrelated(stacked), strict=True)])
+        else:
+            yield name, stacked / len(stacked)
 
 
 def _decorrelated(stacked):

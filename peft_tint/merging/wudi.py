@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stack, tensor_names
+from ._stack import stacks
 
 
 def wudi(task_vectors, learning_rate=1e-5, iterations=300):
@@ -15,11 +15,8 @@ def wudi(task_vectors, learning_rate=1e-5, iterations=300):
         raise ValueError(
             f"`learning_rate` is {learning_rate} and `iterations` is {iterations}; give a positive number and a count."
         )
-    merged = {}
-    for name in tensor_names(task_vectors):
-        stacked = stack(task_vectors, name)
-        merged[name] = _minimise(stacked, learning_rate, iterations) if stacked.ndim == 3 else stacked.mean(0)
-    return merged
+    for name, stacked in stacks(task_vectors):
+        yield name, _minimise(stacked, learning_rate, iterations) if stacked.ndim == 3 else stacked.mean(0)
 
 
 def _minimise(stacked, learning_rate, iterations):
