@@ -3,6 +3,7 @@
 from ._register import register
 from .evaluation import NormalizedAccuracy
 from .merging import MERGING_METHODS, merge_task_vectors
+from .merging._checkpoints import merge_checkpoints
 from .merging._models import merge
 from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_adapter, set_task
 from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
@@ -22,6 +23,7 @@ __all__ = [
     "from_experts",
     "hotswap_adapter",
     "merge",
+    "merge_checkpoints",
     "merge_task_vectors",
     "set_task",
 ]

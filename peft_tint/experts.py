@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -344,11 +344,35 @@ def check_expert(
     Tensors named in `per_task` (the head, the tint layer) may have shapes of their own, those in `fixed` cannot be
     merged (buffers) and must have the base's values.
     """
+    for problem in expert_problems(expert, base_tensors, per_task, fixed, base_config):
+        raise ValueError(problem)
+    cosine = median_cosine(expert, base_tensors, per_task)
+    if cosine < UNRELATED_COSINE:
+        problem = (
+            f"Expert {expert.task!r} was not fine-tuned from this base model: the median cosine between their matrices "
+            f"is {cosine:.3f} (fine-tuning keeps it above 0.9). Use the base model that it came from."
+        )
+        if base_config is not None:
+            raise ValueError(problem)
+        warnings.warn(problem, stacklevel=2)  # a plain module may be small, and trained for as long as the base
+
+
+def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Iterator[str]:
+    """Yields all that `check_expert` raises for but the cosine, each with expert, tensor, reason and remedy."""
     task, tensors = expert.task, expert.tensors
-    for name, tensor in tensors.items():  # first, for quantised weights come with tensors and shapes of their own
-        integers = not tensor.is_floating_point() and name in base_tensors
-        if integers and base_tensors[name].is_floating_point():
-            raise ValueError(
+    if expert.config is not None and base_config is not None:
+        for key in ("model_type", *FORWARD_SETTINGS):
+            ours, theirs = getattr(base_config, key, None), getattr(expert.config, key, None)
+            if ours != theirs:
+                yield (
+                    f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
+                    "Use the base model that the expert was fine-tuned from."
+                )
+    quantised = set()  # weights with tensors and shapes of their own
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and name in base_tensors and base_tensors[name].is_floating_point():
+            quantised.add(name)
+            yield (
                 f"Expert {task!r}: {name!r} has the type {tensor.dtype}; quantised weights cannot be merged. "
                 "Load base and experts unquantised."
             )
@@ -357,55 +381,51 @@ def check_expert(
     missing = [name for name, tensor in base_tensors.items() if name not in tensors and id(tensor) not in present]
     extra = [name for name in tensors if name not in base_tensors]
     if missing:
-        raise ValueError(f"Expert {task!r} has no {_listing(missing)}, which the base model has. Is it another model?")
+        yield f"Expert {task!r} has no {_listing(missing)}, which the base model has. Is it another model?"
     if extra:
-        raise ValueError(
+        yield (
             f"Expert {task!r} has {_listing(extra)}, which the base model has not. Load the base as the "
             "class of the expert (for instance AutoModelForSequenceClassification)."
         )
     first_name = {}
-    for name, tensor in tensors.items():
-        other = first_name.setdefault(id(base_tensors[name]), name)
+    for name in [name for name in tensors if name in base_tensors and name not in quantised]:
+        tensor, weight = tensors[name], base_tensors[name]
+        other = first_name.setdefault(id(weight), name)
         if not (other == name or torch.equal(tensors[other], tensor)):
-            raise ValueError(
+            yield (
                 f"Expert {task!r}: {other!r} and {name!r} are one tied tensor in the base model and differ in the "
                 "expert. Untie the base's (`tie_word_embeddings=False`), or tie the expert's."
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(
+            yield (
                 f"Expert {task!r}: {name!r} has {count} NaN or Inf of {tensor.numel()} values. The "
                 "checkpoint is broken; fine-tune or download it again."
             )
-        if name not in per_task and tensor.shape != base_tensors[name].shape:
-            raise ValueError(
+        if name not in per_task and tensor.shape != weight.shape:
+            yield (
                 f"Expert {task!r}: {name!r} has shape {tuple(tensor.shape)}, in the base model it has "
-                f"{tuple(base_tensors[name].shape)}. Experts must be fine-tuned from the base model; a layer that "
+                f"{tuple(weight.shape)}. Experts must be fine-tuned from the base model; a layer that "
                 "differs by task must be the model's head, or for TINT be named in `tint_layer`."
             )
-        if name in fixed and tensor.is_floating_point() and not torch.equal(tensor, base_tensors[name].to(tensor)):
-            raise ValueError(
+        elif name in fixed and tensor.is_floating_point() and not torch.equal(tensor, weight.to(tensor)):
+            yield (
                 f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
                 "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
             )
-    if expert.config is not None and base_config is not None:
-        for key in FORWARD_SETTINGS:
-            ours, theirs = getattr(base_config, key, None), getattr(expert.config, key, None)
-            if ours != theirs:
-                raise ValueError(
-                    f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
-                    "Use the base model that the expert was fine-tuned from."
-                )
-    matrices = [n for n, t in tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
-    cosines = sorted(_cosine(tensors[name], base_tensors[name].detach()) for name in matrices)
-    if cosines and cosines[len(cosines) // 2] < UNRELATED_COSINE:
-        problem = (
-            f"Expert {task!r} was not fine-tuned from this base model: the median cosine between their matrices is "
-            f"{cosines[len(cosines) // 2]:.3f} (fine-tuning keeps it above 0.9). Use the base model that it came from."
-        )
-        if base_config is not None:
-            raise ValueError(problem)
-        warnings.warn(problem, stacklevel=2)  # a plain module may be small, and trained for as long as the base
+
+
+def median_cosine(expert, base_tensors, per_task) -> float:
+    """Of the expert's matrices with the base's; 1 where there are none."""
+    matrices = [n for n, t in expert.tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
+    cosines = sorted(_cosine(expert.tensors[name], base_tensors[name].detach()) for name in matrices)
+    return cosines[len(cosines) // 2] if cosines else 1.0
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """By its sum, which is not finite if an entry is not, and is looked into only then: far faster than a mask."""
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def _cosine(x, y):

@@ -14,7 +14,7 @@ from test_lora_experts import make_adapter
 
 from peft_tint import MERGING_METHODS, TintConfig, merge, merge_task_vectors
 from peft_tint.merging import transform_task_vectors
-from peft_tint.merging.magnitude import kth_smallest_magnitude
+from peft_tint.merging.magnitude import threshold_bits
 
 SHAPES = {
     "embeddings.weight": (9, 4),
@@ -502,13 +502,14 @@ def test_what_cannot_be_merged():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kth_smallest_is_exact(dtype):
+def test_the_threshold_is_exact(dtype):
     tensors = [torch.randn(50, 7).to(dtype), torch.zeros(30), 1e-40 * torch.randn(9), torch.tensor(3.0), torch.randn(0)]
     tensors.append((100 * torch.randn(200)).to(dtype))
     magnitudes = torch.cat([t.float().flatten() for t in tensors]).abs()
-    for k in (1, 20, 30, 31, 39, 40, 200, 400, len(magnitudes)):
-        assert kth_smallest_magnitude(tensors, k) == magnitudes.kthvalue(k)[0].item()
-    assert kth_smallest_magnitude(tensors, 0) == 0
+    for density in (0.001, 0.1, 0.5, 0.9, 0.93, 0.949, 0.96, 0.999):
+        smallest = magnitudes.kthvalue(len(magnitudes) - int(density * len(magnitudes)))[0]
+        assert threshold_bits(tensors, density) == smallest.view(torch.int32).item()
+    assert threshold_bits(tensors, 1) == 0
 
 
 def test_ties_zero_sums_take_the_majority_over_all_tensors():

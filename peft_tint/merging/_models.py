@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..experts import TaskVector, check_expert, load_expert
+from ..experts import TaskVector, check_expert, is_finite, load_expert
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
 from ..tint._structure import find_head, is_under, named_tensors, plain_modules
 from ._registry import check_method, merge_tensors
@@ -70,7 +70,7 @@ def merge(
             names = {key: name for key, name in names.items() if name not in in_head}
     names = list(names.values())
     for name in names:
-        if not torch.isfinite(tensors[name]).all():
+        if not is_finite(tensors[name]):
             raise ValueError(f"The base model's {name!r} has NaN or Inf; load it again.")
     models = {task: copy.deepcopy(base) for task in (experts if per_task else [""])}
     of_models = {task: named_tensors(dict(plain_modules(model)))[0] for task, model in models.items()}
@@ -78,9 +78,9 @@ def merge(
     def read(scope):
         return {task: TaskVector(expert, tensors, scope) for task, expert in loaded.items()}
 
-    for name, change in merge_tensors(read, names, method, per_tensor, kwargs):
-        for task, own in zip(sorted(models), change if per_task else [change], strict=True):
-            of_models[task][name].copy_(add_change(name, tensors[name], own, scale))
+    for name, changes in merge_tensors(read, names, method, per_tensor, kwargs):
+        for task, change in zip(sorted(models), changes, strict=True):
+            of_models[task][name].copy_(add_change(name, tensors[name], change, scale))
     for task in heads:
         for name, module in heads[task].items():
             setattr(models[task], name, module.train(base.training))
@@ -97,8 +97,8 @@ def _own_module(expert, name, base_module, tensors, of_expert):
 
 
 def add_change(name, weight, change, scale, dtype=None):
-    """The weight with `scale` times the change added, in float32 and then rounded once."""
-    merged = (weight + scale * change).to(dtype or weight.dtype)
-    if not torch.isfinite(merged).all():
+    """The weight with `scale` times the change added, in float32 and then rounded once. Uses the change up."""
+    merged = (weight + change.mul_(scale)).to(dtype or weight.dtype)
+    if not is_finite(merged):
         raise ValueError(f"{name!r} is out of {merged.dtype}'s range with `scale`={scale}; give a smaller one.")
     return merged

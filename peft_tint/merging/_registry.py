@@ -98,13 +98,17 @@ def merge_task_vectors(
         per_tensor,
         kwargs,
     )
-    return _by_task(task_vectors, merged) if per_task else dict(merged)
+    return _by_task(task_vectors, merged) if per_task else {name: tensor for name, (tensor,) in merged}
 
 
 def merge_tensors(read, names, method, per_tensor, kwargs):
-    """Yields what the method yields, from `read(names)`, the task vectors' tensors of these names."""
+    """Yields (name, [merged tensor]), or (name, the tasks' own, by the order of their names) for a per-task method.
+
+    `read(names)` gives {task: mapping of these names to tensors}, which may be computed when they are read."""
+    function, _, per_task, *_ = MERGING_METHODS[method]
     for scope in [[name] for name in names] if per_tensor else [names]:
-        yield from MERGING_METHODS[method].function(read(scope), **kwargs)
+        for name, merged in function(read(scope), **kwargs):
+            yield name, merged if per_task else [merged]
 
 
 def _by_task(task_vectors, merged):

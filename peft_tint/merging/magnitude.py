@@ -17,31 +17,45 @@ def magnitude_parts(task_vectors, density=0.2):
 
 
 def trim(task_vectors, density):
-    """A change for `stack` that zeroes what is small within its task's whole vector of d entries.
+    """A change for `stack` that zeroes what is small within its task's whole vector.
 
-    As TIES' released code has it, what survives is |x| >= the (d - int(density d))-th smallest: int(density d) + 1
-    entries, and those equal to the last of them. `density` is in (0, 1], and 1 keeps all."""
+    As TIES' released code has it, what survives is |x| >= `threshold`: int(density d) + 1 entries of d, and those equal
+    to the last of them. `density` is in (0, 1], and 1 keeps all."""
     check_share("density", density)
-    smallest = {}
+    # `hardshrink` zeroes |x| <= below in one pass, where comparisons are several; `below` is the next smaller float
+    below = {}
     for task, tensors in task_vectors.items():
-        entries = sum(tensor.numel() for tensor in tensors.values())
-        smallest[task] = kth_smallest_magnitude(tensors.values(), entries - int(density * entries))
-    return lambda task, name, tensor: torch.where(tensor.abs() >= smallest[task], tensor, 0)
+        bits = threshold_bits(tensors.values(), density)
+        below[task] = _float(bits - 1) if bits else -1.0
+    return lambda task, name, tensor: torch.nn.functional.hardshrink(tensor, below[task])
 
 
-def kth_smallest_magnitude(tensors, k):
-    """The k-th smallest |x| over all entries of some float tensors; 0 for k = 0.
+def threshold_bits(tensors, density):
+    """The bit pattern of the (d - int(density d))-th smallest |x| over all d entries of some float tensors; 0 for none.
 
     A radix selection, exact and without a copy of them all: the bit patterns of numbers that are not negative are
     ordered as the numbers, so the upper 16 bits of the k-th are found by counting, and then the lower ones."""
-    found = 0
-    for shift in (16, 0):
-        counts = torch.zeros(2**16, dtype=torch.long)
-        for tensor in tensors:
-            digits = tensor.detach().float().abs().flatten().view(torch.int32) >> shift
-            counts += (digits[digits >> 16 == found] & 0xFFFF).bincount(minlength=2**16).cpu()
-        up_to = counts.cumsum(0)
-        digit = int(torch.searchsorted(up_to, k))
-        k -= int(up_to[digit] - counts[digit])
-        found = found << 16 | digit
-    return torch.tensor(found, dtype=torch.int32).view(torch.float32).item()
+    counts = _count(bits >> 16 for bits in _magnitude_bits(tensors))
+    entries = int(counts.sum())
+    upper, rest = _digit(counts, entries - int(density * entries))
+    counts = _count(bits[bits >> 16 == upper] & 0xFFFF for bits in _magnitude_bits(tensors))
+    return upper << 16 | _digit(counts, rest)[0]
+
+
+def _magnitude_bits(tensors):
+    return (tensor.detach().float().abs().flatten().view(torch.int32) for tensor in tensors)
+
+
+def _count(digits):
+    return sum((some.bincount(minlength=2**16).cpu() for some in digits), torch.zeros(2**16, dtype=torch.long))
+
+
+def _digit(counts, k):
+    """The digit of the k-th smallest number, from the counts of each digit, and its place among those that have it."""
+    up_to = counts.cumsum(0)
+    digit = int(torch.searchsorted(up_to, k))
+    return digit, k - int(up_to[digit] - counts[digit])
+
+
+def _float(bits):
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
