@@ -53,7 +53,7 @@ def open_checkpoint(who: str, source: str | os.PathLike | dict) -> Checkpoint:
     reference = source if isinstance(source, dict) else {"id": source}
     location, subfolder = os.fspath(reference["id"]), reference.get("subfolder") or ""
     if os.path.isdir(location):
-        folder = os.path.join(location, subfolder)
+        folder = os.path.join(location, subfolder) if subfolder else location
     else:
         folder = _download(who, location, subfolder, reference.get("revision"))
     if not os.path.isdir(folder):
@@ -152,7 +152,7 @@ def _umask():
 
 
 def copy_files(source: str, folder: str, dtype: torch.dtype | None) -> None:
-    """Copies what a model needs beside its weights; configs without local paths, and with the weights' new dtype."""
+    """Copies what a model needs beside its weights; configs without local paths, and with the weights' `dtype`."""
     for name in sorted(os.listdir(source)):
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in BESIDE_WEIGHTS):
             continue
@@ -161,9 +161,9 @@ def copy_files(source: str, folder: str, dtype: torch.dtype | None) -> None:
             continue
         with open(os.path.join(source, name), encoding="utf-8") as file:
             settings = {key: value for key, value in json.load(file).items() if key not in LOCAL_PATHS}
-        if name == "config.json" and dtype is not None:
-            settings.pop("torch_dtype", None)
-            settings["dtype"] = str(dtype).removeprefix("torch.")
+        if name == "config.json":
+            settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
+            settings |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(settings, file, indent=2)
             file.write("\n")
@@ -173,7 +173,7 @@ class CheckpointWriter:
     """Writes tensors into the safetensors files of a folder, of at most `max_shard_size` each, as they come.
 
     `tensors` are {name: meta tensor} of all that will be written. Nothing is kept in memory, which `safetensors` itself
-    would need to write a file."""
+    would need to write a file. A context manager: what leaves it without an error is whole and on disk."""
 
     def __init__(self, folder: str, tensors: dict[str, torch.Tensor], max_shard_size: int | str):
         os.makedirs(folder, exist_ok=True)
@@ -215,9 +215,13 @@ class CheckpointWriter:
         self.positions[name] = file, position + tensor.nbytes
         self.missing[name] -= tensor.nbytes
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error, *_):
         for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
+            if error is None:
+                file.flush()
+                os.fsync(file.fileno())
             file.close()
-        assert not any(self.missing.values()), self.missing
+        assert error or not any(self.missing.values()), self.missing

@@ -357,6 +357,33 @@ def check_expert(
         warnings.warn(problem, stacklevel=2)  # a plain module may be small, and trained for as long as the base
 
 
+def match_vocabulary(
+    expert: Expert, base_tensors: dict[str, torch.Tensor], vocabulary: set[str], common: bool
+) -> Expert:
+    """The expert with as many tokens as the base, if `common` allows that: without the rows of the embeddings
+    (`vocabulary`) that it has more, and with the base's for those that it has not. Raises ValueError otherwise."""
+    tensors = dict(expert.tensors)
+    for name in vocabulary & tensors.keys() & base_tensors.keys():
+        weight, tensor = base_tensors[name], tensors[name]
+        if tensor.shape == weight.shape or tensor.shape[1:] != weight.shape[1:]:
+            continue
+        if not common or name in expert.low_rank:
+            remedy = "`common_vocabulary=True` in `merge` and `merge_checkpoints` merges the rows that both have"
+            raise ValueError(
+                f"Expert {expert.task!r} has {len(tensor)} tokens, the base model {len(weight)} ({name!r}). "
+                f"{'Give the expert with its adapter merged' if common else remedy}."
+            )
+        rows = min(len(tensor), len(weight))
+        warnings.warn(
+            f"Expert {expert.task!r}: {name!r} has {len(tensor)} tokens, the base model {len(weight)}; the first "
+            f"{rows} are merged, taken to be the same ones.",
+            stacklevel=3,
+        )
+        tensors[name] = torch.cat([tensor[:rows], weight.detach()[rows:].to(tensor.device)])  # in the wider type
+    same = all(tensors[name] is tensor for name, tensor in expert.tensors.items())
+    return expert if same else expert._replace(tensors=tensors)
+
+
 def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Iterator[str]:
     """Yields all that `check_expert` raises for but the cosine, each with expert, tensor, reason and remedy."""
     task, tensors = expert.task, expert.tensors

@@ -1,5 +1,6 @@
 """Merging of checkpoints that need not fit in memory: read tensor by tensor, written shard by shard."""
 
+import contextlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -8,8 +9,8 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from ..checkpoints import DTYPE_NAMES, Checkpoint, CheckpointWriter, copy_files, meta_model, new_folder, open_checkpoint
-from ..experts import Expert, TaskVector, check_expert, is_finite
-from ..tint._structure import find_head, is_under, named_tensors, plain_modules
+from ..experts import Expert, TaskVector, check_expert, is_finite, match_vocabulary
+from ..tint._structure import Structure, inspect_model
 from ._models import add_change
 from ._registry import MERGING_METHODS, check_method, merge_tensors
 
@@ -27,6 +28,7 @@ def merge_checkpoints(
     dtype: torch.dtype | str | None = None,
     scale: float = 1.0,
     per_tensor: bool = False,
+    common_vocabulary: bool = False,
     files_from: str | None = None,
     **kwargs,
 ) -> None:
@@ -38,13 +40,14 @@ def merge_checkpoints(
     TIES and magnitude pruning, EMR's rescalers, LiNeS' alpha) read everything more than once.
 
     `output_dir` becomes a complete model folder, with the weights in files of at most `max_shard_size`, in `dtype` (by
-    default each tensor's own in the base), and the config, tokenizer and processor files of the base, or of the expert
-    that `files_from` names. A per-task method writes a folder of each task into it, with that expert's head and files.
-    It is written under a temporary name and moved when it is complete.
+    default each tensor's own), and the config, tokenizer and processor files of the base, or of the expert that
+    `files_from` names. A per-task method writes a folder of each task into it, with that expert's head and files. It is
+    written under a temporary name and moved when it is complete.
 
     All tensors are merged, except that integers and buffers stay the base's, and the head does if its shape differs
-    between the experts: then it is that of `files_from`. Raises ValueError as `merge` does, for adapters, for a folder
-    that is no checkpoint, and if there is something at `output_dir` already.
+    between the experts: then it is that of `files_from`. `method`, `scale`, `per_tensor`, `common_vocabulary` and the
+    method's own `kwargs` are as in `merge`. Raises ValueError as `merge` does, for adapters, for a folder that is no
+    checkpoint, and if there is something at `output_dir` already.
     """
     per_task = check_method(method, kwargs, per_tensor).per_task
     if not experts:
@@ -55,99 +58,90 @@ def merge_checkpoints(
     dtype = _float_type(dtype)
     base = open_checkpoint("The base model", base)
     checkpoints = {task: open_checkpoint(f"Expert {task!r}", source) for task, source in experts.items()}
-    tensors, fixed, head = _structure(base)
-    loaded = {}
+    structure = inspect_checkpoint(base)
+    fixed = structure.fixed - structure.head if per_task else structure.fixed
+    own = {}  # {task: {name: tensor}}, by the names under which the base stores them
     for task, checkpoint in checkpoints.items():
         expert = Expert(task, checkpoint.tensors, None, checkpoint.config)
-        check_expert(expert, tensors, head, fixed - head if per_task else fixed, base.config)
-        own = expert.by_tensor(tensors)
-        loaded[task] = {name: own[id(tensors[name])] for name in base.tensors}
-    names = [name for name in base.tensors if name not in fixed and not (per_task and name in head)]
-    if other := {n for n in names for own in loaded.values() if own[n].shape != base.tensors[n].shape}:
+        matched = match_vocabulary(expert, structure.tensors, structure.vocabulary, common_vocabulary)
+        check_expert(matched, structure.tensors, structure.head, fixed, base.config)
+        if matched is not expert and (per_task or task == files_from):
+            raise ValueError(
+                f"The merged model has the base's tokens, and the config and tokenizer of expert {task!r}, which it "
+                "would get, are for others. Use a method that makes one model, with the base's files."
+            )
+        by_tensor = matched.by_tensor(structure.tensors)
+        own[task] = {name: by_tensor[id(structure.tensors[name])] for name in base.tensors}
+    names = [name for name in base.tensors if name not in structure.fixed and not (per_task and name in structure.head)]
+    if other := [n for n in names if any(tensors[n].shape != base.tensors[n].shape for tensors in own.values())]:
         warnings.warn(
-            f"The experts' heads differ in shape ({', '.join(sorted(other))}), so the merged model has the head of "
-            f"{files_from or 'the base'}. `files_from` chooses another; a per-task method keeps them all.",
+            f"The experts' heads differ in shape ({', '.join(other)}), so the merged model has the head of "
+            f"{files_from or 'the base'}. `files_from` chooses another's; a per-task method keeps them all.",
             stacklevel=2,
         )
-        names = [name for name in names if name not in head]
-
-    with new_folder(output_dir) as folder:
+        names = [name for name in names if name not in structure.head]
+    with new_folder(output_dir) as folder, contextlib.ExitStack() as opened:
         writers = {}
-        for task in experts if per_task else [""]:
-            head_of = task or files_from
-            kept = {n: loaded[head_of][n] if head_of and n in head else t for n, t in base.tensors.items()}
+        for task in experts if per_task else [files_from]:
+            path = os.path.join(folder, task if per_task else "")
+            kept = {n: own[task][n] if task and n in structure.head else tensor for n, tensor in base.tensors.items()}
             wanted = {name: _as(tensor.to("meta"), dtype) for name, tensor in kept.items()}
-            writers[task] = CheckpointWriter(os.path.join(folder, task), wanted, max_shard_size)
+            writers[task] = opened.enter_context(CheckpointWriter(path, wanted, max_shard_size))
             for name in kept.keys() - set(names):
                 writers[task].write(name, _as(kept[name], dtype))
-        read, owner, weights = _in_pieces(base.tensors, loaded, names, method)
-        with tqdm(total=len(weights), desc=f"merging by {method}", unit="piece") as bar:
-            for key, changes in merge_tensors(read, names, method, per_tensor, kwargs):
-                for (_, writer), change in zip(sorted(writers.items()), changes, strict=True):
-                    writer.write(owner[key], add_change(owner[key], weights[key], change, scale, dtype))
-                bar.update()
-        for task, writer in writers.items():
-            writer.close()
-            source = task or files_from
-            copy_files(checkpoints[source].folder if source else base.folder, os.path.join(folder, task), dtype)
+            copy_files((checkpoints[task] if task else base).folder, path, dtype or getattr(base.config, "dtype", None))
+        rows = [writers[task] for task in (sorted(experts) if per_task else [files_from])]
+        for name, weight, changes in _merge(base.tensors, own, names, method, per_tensor, kwargs):
+            for writer, change in zip(rows, changes, strict=True):
+                writer.write(name, add_change(name, weight, change, scale, dtype))
 
 
-def _in_pieces(base_tensors, expert_tensors, names, method):
-    """What `merge_tensors` reads, {piece: name of its tensor} and {piece: the base's entries}.
+def _merge(base_tensors, own, names, method, per_tensor, kwargs):
+    """Yields (name, weight, [what is to be added]) of all tensors; of each in pieces if the method allows that."""
 
-    A piece is a range of a tensor's entries for methods that treat all entries alike, else a whole tensor."""
-    entries = {}
-    for name in names:
-        size, shape = base_tensors[name].numel(), base_tensors[name].shape
-        if size > PIECE and MERGING_METHODS[method].elementwise:
-            parts = [slice(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
-            entries[name] = {
-                f"{name}[{part.start}:{part.stop}]": lambda t, part=part: t.view(-1)[part] for part in parts
-            }
-        else:
-            entries[name] = {name: lambda t, shape=shape: t}
+    def pieces(name, tensor):
+        if not MERGING_METHODS[method].elementwise:
+            return {name: tensor}
+        return {(name, number): piece for number, piece in enumerate(tensor.view(-1).split(PIECE))}
 
-    def pieces(tensors):
-        return {key: part(tensors[name]) for name, own in entries.items() for key, part in own.items()}
+    def all_pieces(tensors):
+        return {piece: entries for name in names for piece, entries in pieces(name, tensors[name]).items()}
 
-    weights = pieces(base_tensors)
-    experts = {task: Expert(task, pieces(own), None, None) for task, own in expert_tensors.items()}
+    of_name = {name: list(pieces(name, base_tensors[name])) for name in names}
+    owner = {piece: name for name in names for piece in of_name[name]}
+    weights = all_pieces(base_tensors)
+    experts = {task: Expert(task, all_pieces(tensors), None, None) for task, tensors in own.items()}
 
     def read(scope):
-        scope = [key for name in scope for key in entries[name]]
+        scope = [piece for name in scope for piece in of_name[name]]
         return {task: TaskVector(expert, weights, scope) for task, expert in experts.items()}
 
-    return read, {key: name for name, own in entries.items() for key in own}, weights
+    merged = merge_tensors(read, names, method, per_tensor, kwargs)
+    for piece, changes in tqdm(merged, total=len(owner), desc=f"merging by {method}", unit="piece"):
+        yield owner[piece], weights[piece], changes
 
 
-def _structure(base: Checkpoint):
-    """The base's tensors by all names that its model has for them, which are not merged, and which are the head's."""
-    tensors, fixed, head = dict(base.tensors), set(), set()
-    model = meta_model(base.config)
-    if model is not None:
-        modules = dict(plain_modules(model))
-        own, buffers = named_tensors(modules)
-        fixed = buffers & tensors.keys()
-        layers = find_head(model, modules)
-        head = {name for name in tensors if is_under(name, layers)}
-        tied = {}
-        for name, parameter in own.items():
-            tied.setdefault(id(parameter), []).append(name)
-        for names in tied.values():
-            stored = [tensors[name] for name in names if name in tensors]
-            if stored and all(torch.equal(stored[0], other) for other in stored[1:]):
-                tensors.update(dict.fromkeys(names, stored[0]))
+def inspect_checkpoint(base: Checkpoint) -> Structure:
+    """The base as its model would have it: its tensors under all the names that are tied to those of the files."""
+    tensors, model = dict(base.tensors), meta_model(base.config)
+    structure = Structure({}, set(), set(), set()) if model is None else inspect_model(model)
+    tied = {}
+    for name, parameter in structure.tensors.items():
+        tied.setdefault(id(parameter), []).append(name)
+    for names in tied.values():
+        stored = [tensors[name] for name in names if name in tensors]
+        if stored and all(torch.equal(stored[0], other) for other in stored[1:]):
+            tensors.update(dict.fromkeys(names, stored[0]))
     for name, tensor in base.tensors.items():
         if tensor.dtype not in DTYPE_NAMES or getattr(base.config, "quantization_config", None):
             raise ValueError(
                 f"The base model is quantised ({name!r} has the type {tensor.dtype}), and task vectors cannot be added "
                 "to quantised weights. Give it unquantised, for instance in bfloat16, and quantise the merged model."
             )
-        if not tensor.is_floating_point():
-            fixed.add(name)
-        elif not is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"The base model's {name!r} has NaN or Inf; download or save it again.")
-    return tensors, fixed, head
+    integers = {name for name, tensor in tensors.items() if not tensor.is_floating_point()}
+    return structure._replace(tensors=tensors, fixed=structure.fixed | integers)
 
 
 def _as(tensor, dtype):

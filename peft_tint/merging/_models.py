@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..experts import TaskVector, check_expert, is_finite, load_expert
+from ..experts import TaskVector, check_expert, is_finite, load_expert, match_vocabulary
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
-from ..tint._structure import find_head, is_under, named_tensors, plain_modules
+from ..tint._structure import find_head, find_vocabulary, is_under, named_tensors, plain_modules
 from ._registry import check_method, merge_tensors
 
 
@@ -21,6 +21,7 @@ def merge(
     method: str = "ties",
     scale: float = 1.0,
     per_tensor: bool = False,
+    common_vocabulary: bool = False,
     **kwargs,
 ) -> nn.Module | dict[str, nn.Module]:
     """The base plus `scale` times the merged task vector, as a copy of `base`; {task: copy} for a per-task method.
@@ -34,6 +35,9 @@ def merge(
     - A one-model method merges the head as all else if every expert's has the base's shapes. If one has not, no part of
       the head is merged: it stays the base's, with a warning, and outputs need the experts' own heads.
     - A per-task method gives each task its expert's own head and labels, merges the rest, and returns K whole models.
+    - Experts with another number of tokens are refused, unless `common_vocabulary=True`: then the rows of the
+      embeddings that both have are merged, by their number, the expert's further ones are left out, and a warning
+      says so.
     - The config, with its names of labels, stays the base's under a one-model method.
 
     Raises ValueError for an unknown method or argument, and for an expert that does not fit (see `check_expert`).
@@ -47,6 +51,7 @@ def merge(
     tensors, buffers = named_tensors(modules)
     check_unquantised(base, tensors, buffers)
     head = find_head(base, modules)
+    vocabulary = find_vocabulary(base, tensors)
     in_head = {name for name in tensors if is_under(name, head)}
     names = {}  # of what is merged; a tied parameter once, by its first name
     for name in tensors:
@@ -54,10 +59,10 @@ def merge(
             names.setdefault(id(tensors[name]), name)
     loaded, heads, labels = {}, {}, {}
     for task, source in experts.items():
-        expert = loaded[task] = load_expert(task, source, base)
+        expert = match_vocabulary(load_expert(task, source, base), tensors, vocabulary, common_vocabulary)
         fixed = buffers - in_head if per_task else buffers
         check_expert(expert, tensors, in_head, fixed, getattr(base, "config", None))
-        of_expert = expert.by_tensor(tensors)
+        loaded[task], of_expert = expert, expert.by_tensor(tensors)
         if per_task:
             heads[task] = {name: _own_module(expert, name, modules[name], tensors, of_expert) for name in head}
             labels[task] = expert_labels(expert, base, heads[task].values())

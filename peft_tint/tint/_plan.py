@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..experts import check_expert, load_expert, set_tensor, without_adapters
+from ..experts import check_expert, load_expert, match_vocabulary, set_tensor, without_adapters
 from ..merging import transform_task_vectors
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._auto import choose_tint_layer
@@ -25,6 +25,7 @@ from ._structure import (
     PARAMETER_CONTAINERS,
     find_head,
     find_layers,
+    find_vocabulary,
     has_parameters,
     is_under,
     join,
@@ -95,10 +96,11 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     base = Base(model, modules, tensors, buffers, per_task, owned)
     plan = Plan(trainable, tied, {}, {name: {} for name in trainable}, {}, {}, {})
     dense, low_rank = ({name: {} for name in owned} for _ in range(2))  # tensor -> index of task -> what it changed
+    vocabulary = find_vocabulary(model, tensors)
     # under PEFT's `low_cpu_mem_usage` modules are made on the meta device, where an expert would lose its weights
     with _skip_init_on_device():
         for index, (task, source) in enumerate(sources.items()):
-            expert = load_expert(task, source, model)
+            expert = match_vocabulary(load_expert(task, source, model), tensors, vocabulary, common=False)
             check_expert(expert, tensors, per_task, buffers - per_task, getattr(model, "config", None))
             _add_expert(plan, base, expert, index, dense, low_rank)
         for name, (module, leaf) in owned.items():

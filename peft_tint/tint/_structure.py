@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -83,6 +84,36 @@ def find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         if backbone in children:
             return [name for name in children if name != backbone]
     return [name for name in children if name in HEAD_NAMES]
+
+
+def find_vocabulary(model: nn.Module, tensors: dict[str, torch.Tensor]) -> set[str]:
+    """The names of the tensors with a row for each token: input and output embeddings."""
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    try:
+        inputs = model.get_input_embeddings()
+    except NotImplementedError:  # as of models without a text
+        inputs = None
+    layers = [inputs if isinstance(inputs, nn.Embedding) else None, model.get_output_embeddings()]
+    rows = {id(parameter) for layer in layers if layer for parameter in layer.parameters(recurse=False)}
+    return {name for name, tensor in tensors.items() if id(tensor) in rows}
+
+
+class Structure(NamedTuple):
+    """A model's tensors under all names that they have, and the names of those that are special."""
+
+    tensors: dict[str, torch.Tensor]
+    fixed: set[str]  # buffers, which are not merged
+    head: set[str]  # a task's own
+    vocabulary: set[str]  # with a row for each token
+
+
+def inspect_model(model: nn.Module) -> Structure:
+    modules = dict(plain_modules(model))
+    tensors, buffers = named_tensors(modules)
+    head = find_head(model, modules)
+    in_head = {name for name in tensors if is_under(name, head)}
+    return Structure(tensors, buffers, in_head, find_vocabulary(model, tensors))
 
 
 def find_layers(wanted: str | list[str], modules: dict[str, nn.Module]) -> list[str]:
