@@ -4,6 +4,7 @@ from ._register import register
 from .evaluation import NormalizedAccuracy
 from .merging import MERGING_METHODS, merge_task_vectors
 from .merging._checkpoints import merge_checkpoints
+from .merging._lora import extract_lora
 from .merging._models import merge
 from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_adapter, set_task
 from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
@@ -20,6 +21,7 @@ __all__ = [
     "TintModel",
     "TintTrainer",
     "TintTrainingArguments",
+    "extract_lora",
     "from_experts",
     "hotswap_adapter",
     "merge",
