@@ -51,6 +51,17 @@ class TaskVectors(nn.Module):
         tensors += [] if self.dense is None else [self.dense[dense]]
         return tensors if self.a is None else [*tensors, self.b[:, low_rank], self.a[low_rank]]
 
+    def dense_of(self, task: int, shape: torch.Size) -> torch.Tensor:
+        """The task vector of one task as a tensor of the parameter's shape, in float32."""
+        device = (self.b if self.dense is None else self.dense).device
+        total = torch.zeros(shape, dtype=torch.float32, device=device)
+        if self.dense is not None:
+            total += self.dense[self.dense_tasks == task].sum(0)  # of one or none
+        if self.a is not None:
+            own = self.rank_tasks == task
+            total += (self.b[:, own].float() @ self.a[own].float().flatten(1)).view(shape)
+        return total
+
     def rank_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
         """The factor of each column of `b` and row of `a`, at least in float32. `coefficients` has shape (tasks,)."""
         return coefficients.to(_wide(coefficients))[self.rank_tasks]

@@ -5,6 +5,7 @@ So an expert that does not fit leaves the model as it was.
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ..experts import check_expert, load_expert, match_vocabulary, set_tensor, w
 from ..merging import transform_task_vectors
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
 from ._auto import choose_tint_layer
+from ._start import starting_coefficients
 from ._structure import (
     CONTAINERS,
     PARAMETER_CONTAINERS,
@@ -32,6 +34,7 @@ from ._structure import (
     named_tensors,
     own_parameters,
     plain_modules,
+    unit_name,
 )
 from .config import TintConfig
 from .merged_layer import UNITS
@@ -51,6 +54,7 @@ class Plan:
     task_modules: dict[str, dict[str, nn.Module]]  # module -> task -> the copy to train
     labels: dict[str, dict]  # task -> label fields of the config
     unmerged: dict[str, dict[str, torch.Tensor]]  # task -> parameter that differs but is no target -> the expert's
+    start: dict[str, list[float]]  # unit -> the tasks' coefficients, where a merge decides how they start
 
 
 class Base(NamedTuple):
@@ -64,8 +68,32 @@ class Base(NamedTuple):
     owned: dict[str, tuple[str, str]]  # tensor to merge, by one name -> its module and parameter
 
 
-def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
-    """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time."""
+class PlannedTaskVector(Mapping):
+    """The task vector of one task, {tensor to merge: tensor}, each made dense when it is read.
+
+    A tensor that no expert changed counts as zeros."""
+
+    def __init__(self, plan: Plan, base: Base, index: int):
+        self.plan, self.base, self.index = plan, base, index
+
+    def __getitem__(self, name):
+        module, leaf = self.base.owned[name]
+        weight = self.base.tensors[name]
+        if leaf in self.plan.task_vectors.get(module, {}):
+            return self.plan.task_vectors[module][leaf].dense_of(self.index, weight.shape)
+        return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+
+    def __iter__(self):
+        return iter(self.base.owned)
+
+    def __len__(self):
+        return len(self.base.owned)
+
+
+def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool = True) -> Plan:
+    """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time.
+
+    `start=False` leaves out the starting coefficients, where they will be loaded."""
     modules = dict(plain_modules(model))
     tensors, buffers = named_tensors(modules)
     check_unquantised(model, tensors, buffers)
@@ -94,7 +122,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     }
     per_task = {name for name in tensors if is_under(name, trainable)}
     base = Base(model, modules, tensors, buffers, per_task, owned)
-    plan = Plan(trainable, tied, {}, {name: {} for name in trainable}, {}, {}, {})
+    plan = Plan(trainable, tied, {}, {name: {} for name in trainable}, {}, {}, {}, {})
     dense, low_rank = ({name: {} for name in owned} for _ in range(2))  # tensor -> index of task -> what it changed
     vocabulary = find_vocabulary(model, tensors)
     # under PEFT's `low_cpu_mem_usage` modules are made on the meta device, where an expert would lose its weights
@@ -109,8 +137,11 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
             if dense[name] or low_rank[name]:
                 plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name))
     _drop_unchanged(plan)
+    task_vectors = {task: PlannedTaskVector(plan, base, index) for index, task in enumerate(sources)}
     if config.transform is not None:
-        _transform(plan, base, list(sources), config)
+        _transform(plan, base, task_vectors, config)
+    if isinstance(config.coefficient_init, str) and config.init_weights and start:
+        plan.start = _start(plan, base, task_vectors, config)
     for name, copies in plan.expert_modules.items():
         plan.task_modules[name] = _initial_modules(config, name, modules[name], copies, trainable[name])
     if config.tint_layer is None and not trainable:
@@ -122,22 +153,24 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict) -> Plan:
     return plan
 
 
-def _transform(plan, base, tasks, config):
+def _transform(plan, base, task_vectors, config):
     """Puts each task's part in a merge in the place of its task vector."""
-
-    def task_vector(index):
-        one_hot = torch.eye(len(tasks))[index]
-        for name, (module, leaf) in base.owned.items():
-            zero = torch.zeros((), device=base.tensors[name].device).expand(base.tensors[name].shape)
-            own = plan.task_vectors.get(module, {}).get(leaf)  # None where no expert changed it, which counts as zeros
-            yield name, zero if own is None else own.bake(zero, one_hot.to(zero.device))
-
-    task_vectors = {task: dict(task_vector(index)) for index, task in enumerate(tasks)}
     parts = transform_task_vectors(task_vectors, config.transform, **config.transform_kwargs)
     for name, (module, leaf) in base.owned.items():
         if own := plan.task_vectors.get(module, {}).get(leaf):
-            dense = {index: parts[task][name].to(own.dtype) for index, task in enumerate(tasks)}
+            dense = {index: parts[task][name].to(own.dtype) for index, task in enumerate(task_vectors)}
             plan.task_vectors[module][leaf] = TaskVectors(dense, {}, own)
+
+
+def _start(plan, base, task_vectors, config):
+    """The starting coefficients of each unit, where a merge decides them."""
+    units = {
+        name: unit_name(config.granularity, module, leaf)
+        for name, (module, leaf) in base.owned.items()
+        if leaf in plan.task_vectors.get(module, {})
+    }
+    method, bounds = config.coefficient_init, config.coefficient_bounds
+    return starting_coefficients(task_vectors, units, method, bounds, **config.coefficient_init_kwargs)
 
 
 def check_unquantised(model, tensors, buffers):

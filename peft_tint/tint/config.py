@@ -1,5 +1,6 @@
 """The configuration of TINT."""
 
+import json
 import math
 import os
 import re
@@ -10,7 +11,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..experts import REFERENCE_KEYS
-from ..merging import check_transform
+from ..merging import MERGING_METHODS, check_method, check_transform
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -43,8 +44,17 @@ class TintConfig(PeftConfig):
         granularity (`str`):
             What shares one coefficient per expert: `"tensor"` (default; AdaMerging's layer-wise), `"module"`,
             `"block"` (all of one numbered block) or `"model"` (AdaMerging's task-wise).
-        coefficient_init (`float | dict[str, float]`):
-            The coefficients' starting value (0.3), for all tasks or for each.
+        coefficient_init (`float | dict[str, float] | str`):
+            The coefficients' starting value (0.3), for all tasks or for each; or a data-free merge that makes one
+            model, such as `"ties"`, `"lines"` or `"wudi"`. The coefficients of each unit of `granularity` then start
+            with the least squares solution, for which the merged weights come nearest to that merge (of least norm,
+            where task vectors are zero or depend on each other), projected onto `coefficient_bounds`. Weighted sums are
+            met exactly: `"average"` starts with 1 / number of experts, `"lines"` with its scale of each block. What is
+            merged are the task vectors that the coefficients multiply: those of the merged parameters, after a
+            `transform`. A saved adapter is loaded with the coefficients that it was saved with, after a merge in vain
+            that `low_cpu_mem_usage=True` spares.
+        coefficient_init_kwargs (`dict`):
+            The merge's arguments, such as `{"density": 0.2}`, and its `scale` (1.0), as in `merge`.
         coefficient_bounds (`list[float]`, *optional*):
             The interval onto which the trainer projects the coefficients after each update, `[0, 1]` by default.
             `None` leaves them free.
@@ -88,8 +98,15 @@ class TintConfig(PeftConfig):
     granularity: Literal["tensor", "module", "block", "model"] = field(
         default="tensor", metadata={"help": "What shares one coefficient: tensor, module, block or model."}
     )
-    coefficient_init: float | dict[str, float] = field(
-        default=0.3, metadata={"help": "Starting value of the coefficients, for all tasks or for each."}
+    coefficient_init: float | dict[str, float] | str = field(
+        default=0.3,
+        metadata={
+            "help": "Starting value of the coefficients, for all tasks or for each; or the name of a data-free merge "
+            "('ties', 'lines', 'wudi', ...), to which the merged weights then come as near as they can."
+        },
+    )
+    coefficient_init_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "That merge's arguments, and `scale` (1.0), which multiplies it."}
     )
     coefficient_bounds: list[float] | None = field(
         default_factory=lambda: [0.0, 1.0],
@@ -174,7 +191,14 @@ class TintConfig(PeftConfig):
                     f"`coefficient_init` names the tasks {sorted(init)}, `experts` names "
                     f"{sorted(self.experts or ())}; name the same ones."
                 )
-        values = list(init.values()) if isinstance(init, dict) else [init]
+        if isinstance(init, str):
+            self._check_start()
+        elif self.coefficient_init_kwargs:
+            raise ValueError(
+                f"`coefficient_init_kwargs` is {self.coefficient_init_kwargs!r}; name the merging method that takes "
+                f"them in `coefficient_init`, which is {init!r}."
+            )
+        values = list(init.values()) if isinstance(init, dict) else [] if isinstance(init, str) else [init]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             raise ValueError(f"`coefficient_init` is {init!r}; it must be a number or {{task: number}}.")
         if self.coefficient_bounds is None:
@@ -187,6 +211,32 @@ class TintConfig(PeftConfig):
             raise ValueError(
                 f"`coefficient_init` is {init!r}, outside of `coefficient_bounds` [{low}, {high}]. Widen "
                 "the bounds (None leaves the coefficients free) or start inside."
+            )
+
+    def _check_start(self):
+        """That the coefficients can start from a merge, by what `coefficient_init` names."""
+        method, kwargs = self.coefficient_init, dict(self.coefficient_init_kwargs)
+        able = [name for name, known in MERGING_METHODS.items() if not known.per_task]
+        if method not in able:
+            raise ValueError(
+                f"`coefficient_init` is {method!r}; it must be a number, {{task: number}}, or a merging method that "
+                f"makes one model: {', '.join(able)}."
+            )
+        scale = kwargs.pop("scale", 1.0)
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"`coefficient_init_kwargs` has the `scale` {scale!r}; it must be a number.")
+        check_method(method, kwargs)
+        try:
+            json.dumps(kwargs)
+        except TypeError as error:
+            raise ValueError(
+                f"`coefficient_init_kwargs` is {kwargs!r}, which cannot be saved with the adapter ({error}); give "
+                "numbers, strings and the like."
+            ) from error
+        if self.tint_layer_init == "merged":
+            raise ValueError(
+                "`tint_layer_init='merged'` merges the tint layer by the number in `coefficient_init`, which is "
+                f"{method!r}. Use `tint_layer_init='expert'`, or start from a number."
             )
 
 

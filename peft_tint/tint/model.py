@@ -1,5 +1,6 @@
 """TINT: experts of one base model as one PEFT model with trainable merging coefficients and tint layers."""
 
+import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -428,19 +429,21 @@ class TintModel(BaseTuner):
             raise ValueError("`TintConfig.experts` is empty; give {task: Hub id or folder} of each expert.")
         if None in sources.values():
             raise ValueError("These experts were held in memory and are gone; call `from_experts` with them again.")
-        self._plan = make_plan(config, model, sources)
+        self._plan = make_plan(config, model, sources, start=not self._to_be_loaded)
         if sources is config.experts:
             config.experts = {task: absolute_reference(source) for task, source in sources.items()}
 
-    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+    def inject_adapter(self, model, adapter_name, *args, low_cpu_mem_usage=False, **kwargs):
         config = self.peft_config[adapter_name]
         _check_adapter_name(adapter_name, config.experts or ())
         if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
         self._shared = {}  # unit -> the layer whose coefficients the unit's other layers share
+        # PEFT says `low_cpu_mem_usage` by its argument or by a context in which parameters are made on the meta device
+        self._to_be_loaded = low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
             self._inject_below_wrappers(model, adapter_name, config)
             for name, tied in self._plan.tied.items():
                 ties = {leaf: (self._layers[owner], leaf_there) for leaf, (owner, leaf_there) in tied.items()}
@@ -534,8 +537,11 @@ class TintModel(BaseTuner):
             layer.shares_with[adapter_name] = self._shared[units[0]]
             return units, self._shared[units[0]].tint_coefficients[adapter_name]
         init = config.coefficient_init
-        row = torch.tensor([float(init[task] if isinstance(init, dict) else init) for task in config.experts])
-        values = row.repeat(len(units), 1)
+        if not isinstance(init, dict):
+            # NaN stands where a merge decides and was not made, for the coefficients are to be loaded or random
+            init = dict.fromkeys(config.experts, math.nan if isinstance(init, str) else init)
+        row = [float(init[task]) for task in config.experts]
+        values = torch.tensor([self._plan.start.get(unit, row) for unit in units]).view(len(units), len(row))
         if not config.init_weights:
             low, high = config.coefficient_bounds or (-1.0, 1.0)
             values = low + (high - low) * torch.rand(values.shape)
