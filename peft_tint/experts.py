@@ -41,8 +41,10 @@ FORWARD_SETTINGS = (
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
 )
 # The median over matrices of the cosine between expert and base: about 0 for models trained apart, above 0.9 after
-# fine-tuning. The median, since all language models' embeddings have a large mean in common.
+# fine-tuning. The median, since all language models' embeddings have a large mean in common. As many first entries of a
+# matrix tell as much as all.
 UNRELATED_COSINE = 0.05
+COSINE_ENTRIES = 2**18
 
 
 NO_WEIGHTS = "which changes no weights, so there is nothing to merge. Give full checkpoints, or adapters such as LoRA."
@@ -456,7 +458,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _cosine(x, y):
-    x, y = x.flatten().float(), y.to(x.device).flatten().float()
+    x, y = (tensor.flatten()[:COSINE_ENTRIES].to(x.device, torch.float32) for tensor in (x, y))
     norms = x.norm() * y.norm()
     return (x.dot(y) / norms).item() if norms else 1.0
 
