@@ -6,6 +6,7 @@ from .merging import MERGING_METHODS, merge_task_vectors
 from .merging._checkpoints import merge_checkpoints
 from .merging._lora import extract_lora
 from .merging._models import merge
+from .preflight import ExpertsReport, check_experts
 from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_adapter, set_task
 from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
@@ -16,11 +17,13 @@ __all__ = [
     "MERGING_METHODS",
     "OBJECTIVES",
     "Coefficients",
+    "ExpertsReport",
     "NormalizedAccuracy",
     "TintConfig",
     "TintModel",
     "TintTrainer",
     "TintTrainingArguments",
+    "check_experts",
     "extract_lora",
     "from_experts",
     "hotswap_adapter",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
@@ -85,7 +86,7 @@ def _download(who, location, subfolder, revision):
         folder = fetch(*BESIDE_WEIGHTS, INDEX, "adapter_config.json")
         found = os.listdir(folder) if os.path.isdir(folder) else []
         return fetch(*(_weight_files(who, folder, found) if INDEX in found else [SINGLE]))
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise ValueError(
             f"{who}: {location!r} is neither a local folder nor a model that can be reached on the Hub. Check the "
             "spelling, the revision, and your access if it is private or you are offline."

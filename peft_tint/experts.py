@@ -348,15 +348,6 @@ def check_expert(
     """
     for problem in expert_problems(expert, base_tensors, per_task, fixed, base_config):
         raise ValueError(problem)
-    cosine = median_cosine(expert, base_tensors, per_task)
-    if cosine < UNRELATED_COSINE:
-        problem = (
-            f"Expert {expert.task!r} was not fine-tuned from this base model: the median cosine between their matrices "
-            f"is {cosine:.3f} (fine-tuning keeps it above 0.9). Use the base model that it came from."
-        )
-        if base_config is not None:
-            raise ValueError(problem)
-        warnings.warn(problem, stacklevel=2)  # a plain module may be small, and trained for as long as the base
 
 
 def match_vocabulary(
@@ -387,7 +378,7 @@ def match_vocabulary(
 
 
 def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Iterator[str]:
-    """Yields all that `check_expert` raises for but the cosine, each with expert, tensor, reason and remedy."""
+    """Yields all that `check_expert` raises for, each with expert, tensor, reason and remedy."""
     task, tensors = expert.task, expert.tensors
     if expert.config is not None and base_config is not None:
         for key in ("model_type", *FORWARD_SETTINGS):
@@ -442,13 +433,24 @@ def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Itera
                 f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
                 "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
             )
+    matrices = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1} - per_task
+    same = [name for name in matrices & base_tensors.keys() if tensors[name].shape == base_tensors[name].shape]
+    cosines = sorted(_cosine(tensors[name], base_tensors[name].detach()) for name in same)
+    if cosines and cosines[len(cosines) // 2] < UNRELATED_COSINE:
+        problem = (
+            f"Expert {task!r} was not fine-tuned from this base model: the median cosine between their matrices is "
+            f"{cosines[len(cosines) // 2]:.3f} (fine-tuning keeps it above 0.9). Use the base model that it came from."
+        )
+        if base_config is not None:
+            yield problem
+        else:
+            warnings.warn(problem, stacklevel=3)  # a plain module may be small, and trained for as long as the base
 
 
-def median_cosine(expert, base_tensors, per_task) -> float:
-    """Of the expert's matrices with the base's; 1 where there are none."""
-    matrices = [n for n, t in expert.tensors.items() if n not in per_task and t.is_floating_point() and t.ndim > 1]
-    cosines = sorted(_cosine(expert.tensors[name], base_tensors[name].detach()) for name in matrices)
-    return cosines[len(cosines) // 2] if cosines else 1.0
+def check_finite(base_tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in base_tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(f"The base model's {name!r} has NaN or Inf; download or save it again.")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from ..checkpoints import DTYPE_NAMES, Checkpoint, CheckpointWriter, copy_files, meta_model, new_folder, open_checkpoint
-from ..experts import Expert, TaskVector, check_expert, is_finite, match_vocabulary
+from ..experts import Expert, TaskVector, check_expert, check_finite, match_vocabulary
 from ..tint._structure import Structure, inspect_model
 from ._models import add_change
 from ._registry import MERGING_METHODS, check_method, merge_tensors
@@ -138,8 +138,7 @@ def inspect_checkpoint(base: Checkpoint) -> Structure:
                 f"The base model is quantised ({name!r} has the type {tensor.dtype}), and task vectors cannot be added "
                 "to quantised weights. Give it unquantised, for instance in bfloat16, and quantise the merged model."
             )
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise ValueError(f"The base model's {name!r} has NaN or Inf; download or save it again.")
+    check_finite(base.tensors)
     integers = {name for name, tensor in tensors.items() if not tensor.is_floating_point()}
     return structure._replace(tensors=tensors, fixed=structure.fixed | integers)
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..experts import Expert, check_expert
+from ..experts import Expert, check_expert, check_finite
 from ..task_vectors import compute_task_vector
 from ..tint._plan import check_unquantised, expert_module, labels_of, set_labels
 from ..tint._structure import CONTAINERS, find_head, is_under, named_tensors, plain_modules
@@ -122,9 +122,7 @@ def _check(base, tuned, rank):
     head = find_head(base, modules)
     # no buffer is fixed, since a module that is kept whole has its own
     check_expert(expert, tensors, {n for n in tensors if is_under(n, head)}, set(), getattr(base, "config", None))
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"The base model's {name!r} has NaN or Inf; load it again.")
+    check_finite(tensors)
     return expert, modules, tensors
 
 

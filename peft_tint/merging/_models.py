@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..experts import TaskVector, check_expert, is_finite, load_expert, match_vocabulary
+from ..experts import TaskVector, check_expert, check_finite, is_finite, load_expert, match_vocabulary
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
 from ..tint._structure import find_head, find_vocabulary, is_under, named_tensors, plain_modules
 from ._registry import check_method, merge_tensors
@@ -50,6 +50,7 @@ def merge(
     modules = dict(plain_modules(base))
     tensors, buffers = named_tensors(modules)
     check_unquantised(base, tensors, buffers)
+    check_finite(tensors)
     head = find_head(base, modules)
     vocabulary = find_vocabulary(base, tensors)
     in_head = {name for name in tensors if is_under(name, head)}
@@ -74,9 +75,6 @@ def merge(
             )
             names = {key: name for key, name in names.items() if name not in in_head}
     names = list(names.values())
-    for name in names:
-        if not is_finite(tensors[name]):
-            raise ValueError(f"The base model's {name!r} has NaN or Inf; load it again.")
     models = {task: copy.deepcopy(base) for task in (experts if per_task else [""])}
     of_models = {task: named_tensors(dict(plain_modules(model)))[0] for task, model in models.items()}
 

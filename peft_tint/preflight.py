@@ -1,0 +1,183 @@
+"""What experts have in common with their base model and with each other, before anything is merged."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .checkpoints import open_checkpoint
+from .experts import Expert, TaskVector, check_finite, expert_problems, load_expert, match_vocabulary
+from .merging._checkpoints import inspect_checkpoint
+from .merging._stack import stacks
+from .tint._structure import inspect_model, unit_name
+
+
+@dataclass
+class ExpertsReport:
+    """What `check_experts` returns. As a string it is a summary, and a table of norms and cosines by block."""
+
+    architecture: str
+    shapes: dict[str, tuple[int, ...]]  # of the base's tensors, tied ones once
+    tied: list[list[str]]  # the names of each tensor of the base that has more than one
+    dtypes: dict[str, list[str]]  # of the floats, by task, and of the "base"
+    tokens: dict[str, int]  # rows of the embeddings, by task, and of the "base"; 0 for models without a vocabulary
+    problems: dict[str, list[str]] = field(default_factory=dict)  # task -> why it cannot be merged, each with a remedy
+    notes: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)  # those without problems, in the order of the axes below
+    grams: dict[str, torch.Tensor] = field(default_factory=dict)  # tensor -> (tasks, tasks), inner products, float64
+    base_norms: dict[str, float] = field(default_factory=dict)  # of the same tensors
+
+    @property
+    def mergeable(self) -> bool:
+        return not any(self.problems.values())
+
+    def norms(self, granularity: str = "block") -> dict[str, torch.Tensor]:
+        """{unit: the norms of the task vectors, (tasks,)}; units are what shares a coefficient in a tint."""
+        return {unit: gram.diag().sqrt() for unit, gram in self._by_unit(granularity).items()}
+
+    def cosines(self, granularity: str = "block") -> dict[str, torch.Tensor]:
+        """{unit: the cosines between the task vectors, (tasks, tasks)}; NaN with a task that changed nothing."""
+        return {
+            unit: gram / gram.diag().sqrt().outer(gram.diag().sqrt())
+            for unit, gram in self._by_unit(granularity).items()
+        }
+
+    def _by_unit(self, granularity):
+        grams = {}
+        for name, gram in self.grams.items():
+            module, _, leaf = name.rpartition(".")
+            unit = unit_name(granularity, module, leaf)
+            grams[unit] = grams.get(unit, 0) + gram
+        return grams
+
+    def __str__(self):
+        return "\n".join([*self._summary(), *self._table()])
+
+    def _summary(self):
+        parameters = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        tokens = f", {self.tokens['base']} tokens" if self.tokens["base"] else ""
+        yield (
+            f"Base model: {self.architecture}, {parameters / 1e6:.4g}M parameters in {len(self.shapes)} tensors, "
+            f"{' and '.join(self.dtypes['base'])}{tokens}"
+        )
+        for names in self.tied:
+            yield f"Tied: {' = '.join(names)}"
+        base_norm = sum(norm**2 for norm in self.base_norms.values()) ** 0.5
+        for task, problems in self.problems.items():
+            if problems:
+                yield f"{task}: CANNOT be merged"
+                yield from (f"  - {problem}" for problem in problems)
+                continue
+            row = self.tasks.index(task)
+            squares = torch.stack([gram[row, row] for gram in self.grams.values()])
+            yield (
+                f"{task}: can be merged, {' and '.join(self.dtypes[task])}, changed {int((squares > 0).sum())} of "
+                f"{len(squares)} tensors, |task vector| / |base| = {squares.sum().sqrt() / base_norm:.3g}"
+            )
+        yield from (f"Note: {note}" for note in self.notes)
+
+    def _table(self):
+        """The norms of each task; the mean of the cosines of all pairs and the lowest of them."""
+        if not self.tasks:
+            return
+        cosines, pairs = self.cosines(), torch.triu_indices(len(self.tasks), len(self.tasks), 1)
+        rows = [["norm of task vectors", *self.tasks, "mean cosine", "lowest"]]
+        for unit, norms in self.norms().items():
+            own = cosines[unit][pairs[0], pairs[1]]
+            own = own[~own.isnan()]
+            ends = [own.mean().item(), own.min().item()] if len(own) else []
+            ends = [f"{round(value, 3) + 0.0:.3f}" for value in ends] or ["-", "-"]  # + 0.0 makes -0.0 positive
+            rows.append([unit, *(f"{norm:.3g}" for norm in norms), *ends])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        yield ""
+        for name, *values in rows:
+            cells = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
+            yield "  ".join([f"{name:{widths[0]}}", *cells])
+
+
+@torch.no_grad()
+def check_experts(
+    base: nn.Module | str | os.PathLike | dict,
+    experts: Mapping[str, str | os.PathLike | dict | nn.Module],
+    common_vocabulary: bool = False,
+) -> ExpertsReport:
+    """Prints and returns what can be merged and what cannot, and how far the experts are from the base and each other.
+
+    With a model as `base`, the experts are those of `merge` and `TintConfig`; with a folder, Hub id or {"id",
+    "revision", "subfolder"}, they are folders as in `merge_checkpoints`, and no model is loaded. All problems of all
+    experts are found: another architecture or setting, tensors that are missing, extra, of another shape, quantised,
+    tied otherwise or not finite, buffers that differ, another number of tokens (`common_vocabulary` as in `merge`),
+    another base model. Norms and cosines are those of the task vectors, of what a merge changes.
+
+    Raises ValueError for a base that nothing can be merged into (not finite, quantised, no checkpoint).
+    """
+    if not experts:
+        raise ValueError("`experts` is empty; give {task: expert}.")
+    if isinstance(base, nn.Module):
+        structure, config, architecture = inspect_model(base), getattr(base, "config", None), type(base).__name__
+        check_finite(structure.tensors)
+    else:
+        checkpoint = open_checkpoint("The base model", base)
+        structure, config = inspect_checkpoint(checkpoint), checkpoint.config
+        architecture = (getattr(config, "architectures", None) or ["without a config"])[0]
+    tensors, places = structure.tensors, {}
+    for name, tensor in tensors.items():
+        places.setdefault(id(tensor), []).append(name)
+    report = ExpertsReport(
+        architecture,
+        shapes={names[0]: tuple(tensors[names[0]].shape) for names in places.values()},
+        tied=[names for names in places.values() if len(names) > 1],
+        dtypes={"base": _float_types(tensors)},
+        tokens={"base": _count_tokens(tensors, structure)},
+    )
+    sound = {}
+    for task, source in experts.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                expert = _load(task, source, base)
+                report.dtypes[task] = _float_types(expert.tensors)
+                report.tokens[task] = _count_tokens(expert.tensors, structure)
+                expert = match_vocabulary(expert, tensors, structure.vocabulary, common_vocabulary)
+                problems = list(expert_problems(expert, tensors, structure.head, structure.fixed, config))
+            except ValueError as error:
+                problems = [str(error)]
+        report.problems[task] = problems
+        report.notes += [str(warning.message) for warning in caught]
+        if not problems:
+            sound[task] = expert
+    report.tasks = sorted(sound)
+    merged = [name for name in report.shapes if name not in structure.fixed]
+    if any(_own_shapes(expert, tensors, structure.head) for expert in sound.values()):
+        report.notes.append("Heads differ in shape: TINT and per-task methods keep each task's, others the base's.")
+        merged = [name for name in merged if name not in structure.head]
+    task_vectors = {task: TaskVector(expert, tensors, merged) for task, expert in sound.items()}
+    for name, stacked in stacks(task_vectors) if sound else ():
+        rows = stacked.view(len(stacked), -1)
+        report.grams[name] = (rows @ rows.T).double().cpu()
+        report.base_norms[name] = tensors[name].float().norm().item()
+    print(report)
+    return report
+
+
+def _load(task, source, base):
+    if isinstance(base, nn.Module):
+        return load_expert(task, source, base)
+    checkpoint = open_checkpoint(f"Expert {task!r}", source)
+    return Expert(task, checkpoint.tensors, None, checkpoint.config)
+
+
+def _float_types(tensors):
+    return sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()})
+
+
+def _count_tokens(tensors, structure):
+    return max((len(tensors[name]) for name in structure.vocabulary & tensors.keys()), default=0)
+
+
+def _own_shapes(expert, tensors, head):
+    own = expert.by_tensor(tensors)
+    return [name for name in head if own[id(tensors[name])].shape != tensors[name].shape]
