@@ -335,6 +335,44 @@ def test_a_plain_version_agrees(method, kwargs, seed):
     assert_near(merge_task_vectors(task_vectors, method, **kwargs), PLAIN[method](task_vectors, **kwargs), tolerance)
 
 
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "magnitude", "emr"])
+def test_per_tensor_takes_each_tensor_for_a_whole_vector(name):
+    task_vectors = random_task_vectors("bca")
+    for number, tensors in enumerate(task_vectors.values()):
+        tensors["layers.2.weight"] *= 100 + number  # over the whole vector, nothing else would be left of TIES
+    merged = merge_task_vectors(task_vectors, name, per_tensor=True)
+    for key in SHAPES:
+        alone = PLAIN[name]({task: {key: tensors[key]} for task, tensors in task_vectors.items()})
+        if MERGING_METHODS[name].per_task:
+            assert_near({task: {key: own[key]} for task, own in merged.items()}, alone)
+        else:
+            assert_near({key: merged[key]}, alone)
+    whole = merge_task_vectors(task_vectors, name)
+    assert any(not torch.equal(x, y) for x, y in zip(leaves(merged).values(), leaves(whole).values(), strict=True))
+
+
+def test_lines_has_no_per_tensor():
+    with pytest.raises(ValueError, match="`lines` scales tensors by their depth"):
+        merge_task_vectors(random_task_vectors("ab"), "lines", per_tensor=True)
+
+
+@pytest.mark.parametrize("name", [name for name, known in MERGING_METHODS.items() if known.elementwise])
+def test_elementwise_methods_cannot_tell_a_piece_from_a_tensor(name):
+    """Which `merge_checkpoints` relies on."""
+    task_vectors = random_task_vectors("bca")
+    pieces = {
+        task: {(key, i): piece for key, t in own.items() for i, piece in enumerate(t.view(-1).split(5))}
+        for task, own in task_vectors.items()
+    }
+    whole, in_pieces = merge_task_vectors(task_vectors, name), merge_task_vectors(pieces, name)
+    if not MERGING_METHODS[name].per_task:
+        whole, in_pieces = {"": whole}, {"": in_pieces}
+    for task, tensors in whole.items():
+        for key, tensor in tensors.items():
+            own = [piece for (of_tensor, _), piece in in_pieces[task].items() if of_tensor == key]
+            torch.testing.assert_close(torch.cat(own), tensor.view(-1), rtol=1e-6, atol=0)
+
+
 # ---- the papers' numbers ---------------------------------------------------------------------------------------------
 
 
