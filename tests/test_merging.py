@@ -213,7 +213,7 @@ def plain_emr(task_vectors):
     merged = {}
     for task, vector in vectors.items():
         masked = [u * (x * s > 0) for u, x, s in zip(unified, vector, signs, strict=True)]
-        rescaler = sum(map(abs, vector)) / sum(map(abs, masked))
+        rescaler = sum(map(abs, vector)) / (sum(map(abs, masked)) or 1)
         merged[task] = unflat([rescaler * x for x in masked], task_vectors[task])
     return merged
 
@@ -335,7 +335,7 @@ def test_a_plain_version_agrees(method, kwargs, seed):
     assert_near(merge_task_vectors(task_vectors, method, **kwargs), PLAIN[method](task_vectors, **kwargs), tolerance)
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_ties", "magnitude", "emr"])
+@pytest.mark.parametrize("name", ["ties", "magnitude", "emr"])
 def test_per_tensor_takes_each_tensor_for_a_whole_vector(name):
     task_vectors = random_task_vectors("bca")
     for number, tensors in enumerate(task_vectors.values()):
