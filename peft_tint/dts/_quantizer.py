@@ -20,22 +20,23 @@ def quantize(x: torch.Tensor, levels: int = 4) -> Quantized:
     """
     if levels < 2 or levels % 2:
         raise ValueError(f"`levels` is {levels}: it must be even, one half of the levels for each sign.")
-    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    values = torch.zeros(levels + 1, device=x.device)
-    code, half = 1, levels // 2
-    for sign in (1, -1):
-        within = x * sign > 0
-        sizes = x[within].abs().float()
-        groups = torch.zeros(len(sizes), dtype=torch.uint8, device=x.device)
-        for group in range(1, half if len(sizes) else 1):
-            below = len(sizes) - len(sizes) * (half - group) // half  # entries in the groups before, the smaller ones
-            groups += sizes > sizes.kthvalue(below).values
-        codes[within] = groups + code
-        for group in range(half):
-            members = sizes[groups == group]
-            values[code + group] = sign * members.double().square().mean().sqrt() if len(members) else 0.0
-        code += half
+    half, sizes, negative = levels // 2, x.abs().float(), x < 0
+    codes = 1 + half * negative.to(torch.uint8)
+    positive_sizes, negative_sizes = sizes[x > 0], sizes[negative]
+    for group in range(1, half):
+        bounds = [_largest_below(group, half, of_sign) for of_sign in (positive_sizes, negative_sizes)]
+        codes += sizes > torch.where(negative, bounds[1], bounds[0])
+    codes *= sizes > 0
+    squares = torch.bincount(codes.flatten(), sizes.flatten().double().square(), levels + 1)
+    values = (squares / torch.bincount(codes.flatten(), minlength=levels + 1).clamp_min(1)).sqrt().float()
+    values[1 + half :] *= -1
     return Quantized(codes, values)
+
+
+def _largest_below(group, groups, sizes):
+    """The largest entry of the groups before the given one, the first being that of the smallest entries."""
+    below = len(sizes) - len(sizes) * (groups - group) // groups
+    return sizes.kthvalue(below).values if below else sizes.new_zeros(())
 
 
 def dequantize(quantized: Quantized) -> torch.Tensor:

@@ -46,7 +46,7 @@ def encode(
     - "paper": matrices by truncated SVD of `rank_ratio`, whose factors are quantised; all others quantised as they are.
     - "bitdelta" (arXiv:2402.10193): 1 bit an entry and one scale; vectors whole in 8 bits.
 
-    `deltas` may compute its tensors when asked: each is taken at most three times, and one at a time.
+    `deltas` may compute its tensors when asked: each is taken at most four times, and one at a time.
     """
     if codec not in CODECS:
         raise ValueError(f"`codec` is '{codec}', which is none of {', '.join(CODECS)}.")
@@ -62,11 +62,11 @@ def encode(
 
     packed = {}
     for name in deltas:
-        delta = _check(name, deltas[name])
-        matrix = _as_matrix(delta)
-        if not delta.any():
+        delta = _read(name, deltas[name])
+        if delta is None:
             continue
-        elif codec == "paper" and delta.ndim == 2:
+        matrix = _as_matrix(delta)
+        if codec == "paper" and delta.ndim == 2:
             packed[name] = _quantized_svd(delta, rank_ratio)
         elif codec == "paper":
             packed[name] = join(FOUR_GROUPS, 0, delta.shape, _groups(delta))
@@ -84,12 +84,14 @@ def _encode_within(deltas, budget, base_bytes):
     """The codec "semidiscrete" with the ranks that spend a budget best. No tensor has less than rank 1."""
     packed, shapes, entries = {}, {}, 0
     for name in deltas:
-        delta = _check(name, deltas[name])
+        entries += deltas[name].numel()
+        delta = _read(name, deltas[name])
+        if delta is None:
+            continue
         matrix = _as_matrix(delta)
-        entries += delta.numel()
-        if delta.any() and matrix is None:
+        if matrix is None:
             packed[name] = _whole(delta)
-        elif delta.any():
+        else:
             packed[name] = join(SEMIDISCRETE, 0, delta.shape, [])  # its bytes without the factors
             shapes[name] = matrix.shape
     base_bytes = 4 * entries if base_bytes is None else base_bytes
@@ -107,7 +109,7 @@ def _encode_within(deltas, budget, base_bytes):
     triplets = {}
     for name, shape in shapes.items():
         u, s, v = truncated_svd(
-            _as_matrix(_check(name, deltas[name])), min(min(shape), 1 + math.ceil(ratio * min(shape)))
+            _as_matrix(_read(name, deltas[name])), min(min(shape), 1 + math.ceil(ratio * min(shape)))
         )
         triplets[name] = u.half(), s.tolist(), v.half()
     ranks = dict.fromkeys(shapes, 1)
@@ -118,7 +120,7 @@ def _encode_within(deltas, budget, base_bytes):
             left -= costs[name]
     for name, rank in ranks.items():
         u, _, v = triplets.pop(name)
-        delta = _check(name, deltas[name])
+        delta = _read(name, deltas[name])
         packed[name] = _semidiscrete(delta, u[:, :rank].float(), v[:, :rank].float())
     return packed
 
@@ -136,13 +138,17 @@ def disk_bytes(packed: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() + len(name.encode()) + ENTRY for name, tensor in packed.items())
 
 
-def _check(name, delta):
-    """In float32."""
-    if not delta.is_floating_point() and delta.any():
+def _read(name, delta):
+    """In float32, or None where nothing has changed."""
+    if not delta.numel() or (not delta.is_floating_point() and not delta.any()):
+        return None
+    if not delta.is_floating_point():
         raise ValueError(f"'{name}' is {delta.dtype}, which has no task vector. Leave it out, or keep it as it is.")
-    if not delta.isfinite().all():
+    delta = delta.detach().float()
+    smallest, largest = torch.aminmax(delta)  # NaN if any is; one pass instead of three
+    if not (smallest.isfinite() and largest.isfinite()):
         raise ValueError(f"The task vector of '{name}' has NaN or Inf. Its expert or its reference is broken.")
-    return delta.detach().float()
+    return delta if smallest or largest else None
 
 
 def _sides(shape):
