@@ -1,0 +1,5 @@
+"""DTS (arXiv:2512.01461): every task keeps its own task vector, compressed to about 1% of the model."""
+
+from .codec import CODECS, decode, dequantize, disk_bytes, encode, quantize
+
+__all__ = ["CODECS", "decode", "dequantize", "disk_bytes", "encode", "quantize"]
