@@ -7,20 +7,16 @@ base in float32, heads apart. Also writes the curves as a picture beside the JSO
 """
 
 import argparse
-import json
 import os
-import platform
 import tempfile
 import time
 
 import torch
-import transformers
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
-from vision_tint import collate, finetune, load_base, load_task
+from vision_tint import add_suite_arguments, collate, prepare, save_result
 
-import peft_tint
 from peft_tint.dts import decode, encode
 from peft_tint.task_vectors import compute_task_vector
 
@@ -34,24 +30,10 @@ SETTINGS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tasks", nargs="+", default=["mnist", "fashion", "cifar10", "street"])
-    parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
-    parser.add_argument("--image_size", type=int, default=56)
-    parser.add_argument("--finetune_steps", type=int, default=320)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--experts", default="experts_vision", help="folder for the base and the experts")
+    add_suite_arguments(parser)
     parser.add_argument("--output", default="benchmarks/results/dts_codecs.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    splits = {task: load_task(args, task) for task in args.tasks}
-    base_folder = os.path.join(args.experts, "base")
-    if not os.path.isdir(base_folder):
-        load_base(args.model, args.layers).save_pretrained(base_folder)
-    folders = {task: finetune(args, base_folder, task, splits[task]) for task in args.tasks}
+    splits, base_folder, folders = prepare(args)
     load = AutoModelForImageClassification.from_pretrained
     base, experts = load(base_folder).eval(), {task: load(folder).eval() for task, folder in folders.items()}
     batches = {task: collate([split["eval"][i] for i in range(len(split["eval"]))]) for task, split in splits.items()}
@@ -121,17 +103,7 @@ def score(models, batches):
 
 
 def report(args, rows):
-    result = {
-        "config": {
-            key: value for key, value in vars(args).items() if key not in ("output", "experts", "model", "data")
-        },
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)},
-        "machine": f"{platform.machine()}, {args.threads} thread",
-        "results": rows,
-    }
-    with open(args.output, "w") as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
+    save_result(args, rows)
     plot(rows, os.path.splitext(args.output)[0] + ".png")
     print("| codec | bytes | relative error | " + " | ".join((*args.tasks, "mean")) + " | agreement | CPU s |")
     print("|---" * (len(args.tasks) + 6) + "|")
