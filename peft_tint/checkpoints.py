@@ -64,7 +64,7 @@ def open_checkpoint(who: str, source: str | os.PathLike | dict) -> Checkpoint:
     if set(reference) - set(REFERENCE_KEYS) or not isinstance(reference.get("id"), str | os.PathLike):
         raise ValueError(
             f"{who} is {source if isinstance(source, str) else type(source).__name__!r}; give a folder, a Hub id, or "
-            "{'id', 'revision', 'subfolder'}. Models in memory go to `peft_tint.merge`."
+            "{'id', 'revision', 'subfolder'}. Models in memory go to `peft_tint.merge`, with a module as base."
         )
     location, subfolder = os.fspath(reference["id"]), reference.get("subfolder") or ""
     if os.path.isfile(location):
@@ -250,8 +250,11 @@ def _matches(name, patterns):
 
 
 def _copy_config(source, target, dtype):
-    with open(source, encoding="utf-8") as file:
-        settings = _without_paths(json.load(file))
+    try:
+        with open(source, encoding="utf-8") as file:
+            settings = _without_paths(json.load(file))
+    except ValueError as error:
+        raise ValueError(f"{source!r} is no JSON ({error}). Save it again.") from error
     if os.path.basename(source) == "config.json":
         settings = {key: value for key, value in settings.items() if key not in ("dtype", "torch_dtype")}
         settings |= {"dtype": str(dtype).removeprefix("torch.")} if dtype else {}

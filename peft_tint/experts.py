@@ -110,6 +110,8 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
             f"Expert {task!r} is a {type(source).__name__}; give a Hub id, a folder, a module, or a state "
             "dict of tensors."
         )
+    if unknown := set(reference) - set(REFERENCE_KEYS):
+        raise ValueError(f"Expert {task!r} has {listing(unknown)}; a reference has {', '.join(REFERENCE_KEYS)}.")
     location = os.fspath(reference["id"])
     if os.path.isfile(location):
         _refuse_pickle(task, location)
@@ -188,7 +190,7 @@ def _load_transformers_model(task, location, where, base):
     remedy = f"Its class is {stored_as[0]}, the base is loaded as {type(base).__name__}: load the base as that class."
     for problem, names in (("has no", report["missing_keys"]), ("also has", report["unexpected_keys"])):
         if names:
-            raise ValueError(f"Expert {task!r} from {location!r} {problem} {_listing(names)}. {remedy}")
+            raise ValueError(f"Expert {task!r} from {location!r} {problem} {listing(names)}. {remedy}")
     return Expert(task, model.state_dict(), model, model.config)
 
 
@@ -229,7 +231,7 @@ def _load_adapter(task, location, where, base):
     expected = get_peft_model_state_dict(adapter, save_embedding_layers=False).keys()
     missing, extra = expected - weights.keys(), weights.keys() - expected - adapter.state_dict().keys()
     if missing or extra:
-        problem = f"has no {_listing(missing)}" if missing else f"also has {_listing(extra)}"
+        problem = f"has no {listing(missing)}" if missing else f"also has {listing(extra)}"
         raise ValueError(
             f"Expert {task!r}: the adapter in {location!r} {problem}. It does not fit {type(base).__name__}; load the "
             "base as the class that the adapter was trained on."
@@ -388,6 +390,8 @@ def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Itera
                     f"Expert {task!r} was trained with {key}={theirs!r}, the base model has {ours!r}. "
                     "Use the base model that the expert was fine-tuned from."
                 )
+                if key == "model_type":
+                    break  # its settings have other names
     quantised = set()  # weights with tensors and shapes of their own
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and name in base_tensors and base_tensors[name].is_floating_point():
@@ -401,38 +405,42 @@ def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Itera
     missing = [name for name, tensor in base_tensors.items() if name not in tensors and id(tensor) not in present]
     extra = [name for name in tensors if name not in base_tensors]
     if missing:
-        yield f"Expert {task!r} has no {_listing(missing)}, which the base model has. Is it another model?"
+        yield f"Expert {task!r} has no {listing(missing)}, which the base model has. Is it another model?"
     if extra:
         yield (
-            f"Expert {task!r} has {_listing(extra)}, which the base model has not. Load the base as the "
+            f"Expert {task!r} has {listing(extra)}, which the base model has not. Load the base as the "
             "class of the expert (for instance AutoModelForSequenceClassification)."
         )
+    found = {}  # kind -> the problems of single tensors; of many alike, the first stands for all
     first_name = {}
     for name in [name for name in tensors if name in base_tensors and name not in quantised]:
         tensor, weight = tensors[name], base_tensors[name]
         other = first_name.setdefault(id(weight), name)
         if not (other == name or torch.equal(tensors[other], tensor)):
-            yield (
+            found.setdefault("tied", []).append(
                 f"Expert {task!r}: {other!r} and {name!r} are one tied tensor in the base model and differ in the "
                 "expert. Untie the base's (`tie_word_embeddings=False`), or tie the expert's."
             )
-        if tensor.is_floating_point() and not is_finite(tensor):
-            count = int((~torch.isfinite(tensor)).sum())
-            yield (
+        factors = expert.low_rank.get(name, ())[:2]
+        if tensor.is_floating_point() and not all(map(is_finite, (tensor, *factors))):
+            count = sum(int((~torch.isfinite(part)).sum()) for part in (tensor, *factors))
+            found.setdefault("finite", []).append(
                 f"Expert {task!r}: {name!r} has {count} NaN or Inf of {tensor.numel()} values. The "
                 "checkpoint is broken; fine-tune or download it again."
             )
         if name not in per_task and tensor.shape != weight.shape:
-            yield (
+            found.setdefault("shape", []).append(
                 f"Expert {task!r}: {name!r} has shape {tuple(tensor.shape)}, in the base model it has "
                 f"{tuple(weight.shape)}. Experts must be fine-tuned from the base model; a layer that "
                 "differs by task must be the model's head, or for TINT be named in `tint_layer`."
             )
         elif name in fixed and tensor.is_floating_point() and not torch.equal(tensor, weight.to(tensor)):
-            yield (
+            found.setdefault("fixed", []).append(
                 f"Expert {task!r}: the buffer {name!r} differs from the base model's. Buffers such as running "
                 "statistics (BatchNorm) are not merged; fine-tune with them frozen (the norms in `eval()` mode)."
             )
+    for first, *more in found.values():
+        yield first + (f" ({len(more)} more tensors are like that.)" if more else "")
     matrices = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1} - per_task
     same = [name for name in matrices & base_tensors.keys() if tensors[name].shape == base_tensors[name].shape]
     cosines = sorted(_cosine(tensors[name], base_tensors[name].detach()) for name in same)
@@ -465,6 +473,6 @@ def _cosine(x, y):
     return (x.dot(y) / norms).item() if norms else 1.0
 
 
-def _listing(names):
+def listing(names):
     names = sorted(names)
     return f"{', '.join(map(repr, names[:3]))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -11,8 +11,10 @@ from torch import nn
 from .checkpoints import meta_model, open_checkpoint
 from .experts import TaskVector, check_finite, expert_problems, load_expert, match_vocabulary
 from .merging._checkpoints import inspect_checkpoint, stored_expert
-from .merging._stack import stack
-from .tint._structure import inspect_model, unit_name
+from .merging._models import check_base
+from .merging._stack import gram, norm, stack
+from .tint._structure import unit_name
+from .tint.config import check_task_name
 
 
 @dataclass
@@ -36,21 +38,19 @@ class ExpertsReport:
 
     def norms(self, granularity: str = "block") -> dict[str, torch.Tensor]:
         """{unit: the norms of the task vectors, (tasks,)}; units are what shares a coefficient in a tint."""
-        return {unit: gram.diag().sqrt() for unit, gram in self._by_unit(granularity).items()}
+        return {unit: products.diag().sqrt() for unit, products in self._by_unit(granularity).items()}
 
     def cosines(self, granularity: str = "block") -> dict[str, torch.Tensor]:
         """{unit: the cosines between the task vectors, (tasks, tasks)}; NaN with a task that changed nothing."""
-        return {
-            unit: gram / gram.diag().sqrt().outer(gram.diag().sqrt())
-            for unit, gram in self._by_unit(granularity).items()
-        }
+        norms, products = self.norms(granularity), self._by_unit(granularity)
+        return {unit: products[unit] / norms[unit].outer(norms[unit]) for unit in norms}
 
     def _by_unit(self, granularity):
         grams = {}
-        for name, gram in self.grams.items():
+        for name, products in self.grams.items():
             module, _, leaf = name.rpartition(".")
             unit = unit_name(granularity, module, leaf)
-            grams[unit] = grams.get(unit, 0) + gram
+            grams[unit] = grams.get(unit, 0) + products
         return grams
 
     def __str__(self):
@@ -72,25 +72,28 @@ class ExpertsReport:
                 yield from (f"  - {problem}" for problem in problems)
                 continue
             row = self.tasks.index(task)
-            squares = torch.stack([gram[row, row] for gram in self.grams.values()])
+            squares = [products[row, row].item() for products in self.grams.values()]
             yield (
-                f"{task}: can be merged, {' and '.join(self.dtypes[task])}, changed {int((squares > 0).sum())} of "
-                f"{len(squares)} tensors, |task vector| / |base| = {squares.sum().sqrt() / base_norm:.3g}"
+                f"{task}: can be merged, {' and '.join(self.dtypes[task])}, changed {len(squares) - squares.count(0)} "
+                f"of {len(squares)} tensors, |task vector| / |base| = {sum(squares) ** 0.5 / (base_norm or 1):.3g}"
             )
         yield from (f"Note: {note}" for note in self.notes)
 
     def _table(self):
         """The norms of each task; the mean of the cosines of all pairs and the lowest of them."""
-        if not self.tasks:
+        if not self.grams:
             return
-        cosines, pairs = self.cosines(), torch.triu_indices(len(self.tasks), len(self.tasks), 1)
+        norms = self.norms() | {"all": self.norms("model")["model"]}
+        cosines = self.cosines() | {"all": self.cosines("model")["model"]}
+        pairs = torch.triu_indices(len(self.tasks), len(self.tasks), 1)
         rows = [["norm of task vectors", *self.tasks, "mean cosine", "lowest"]]
-        for unit, norms in self.norms().items():
+        for unit, of_tasks in norms.items():
             own = cosines[unit][pairs[0], pairs[1]]
             own = own[~own.isnan()]
             ends = [own.mean().item(), own.min().item()] if len(own) else []
             ends = [f"{round(value, 3) + 0.0:.3f}" for value in ends] or ["-", "-"]  # + 0.0 makes -0.0 positive
-            rows.append([unit, *(f"{norm:.3g}" for norm in norms), *ends])
+            rest = any(other.startswith(f"{unit}.") for other in norms)  # what of it is in none of its blocks
+            rows.append([f"{unit} (rest)" if rest else unit, *(f"{value:.3g}" for value in of_tasks), *ends])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         yield ""
         for name, *values in rows:
@@ -107,24 +110,28 @@ def check_experts(
     """Prints and returns what can be merged and what cannot, and how far the experts are from the base and each other.
 
     With a model as `base`, the experts are those of `merge` and `TintConfig`; with a folder, Hub id or {"id",
-    "revision", "subfolder"}, they are folders as in `merge_checkpoints`, and no model is loaded. All problems of all
-    experts are found: another architecture or setting, tensors that are missing, extra, of another shape, quantised,
-    tied otherwise or not finite, buffers that differ, another number of tokens (`common_vocabulary` as in `merge`),
-    another base model. Norms and cosines are those of the task vectors, of what a merge changes.
+    "revision", "subfolder"}, they are folders as in `merge_checkpoints`, and no model is loaded. Each kind of problem
+    of each expert is told: another architecture or setting, tensors that are missing, extra, of another shape,
+    quantised, tied otherwise or not finite, buffers that differ, another base model; but of an expert that cannot be
+    loaded, or has another number of tokens (`common_vocabulary` as in `merge`), only that. Norms and cosines are those
+    of the task vectors, of what a merge changes.
 
-    Raises ValueError for a base that nothing can be merged into (not finite, quantised, no checkpoint).
+    Raises ValueError for a base that nothing can be merged into (not finite, quantised, with an adapter, no checkpoint)
+    and for names of tasks that are not allowed.
     """
     if not isinstance(experts, Mapping) or not experts:
         raise ValueError(f"`experts` is {experts!r}; give {{task: expert}}, at least one.")
     if isinstance(base, nn.Module):
         model, config, architecture = base, getattr(base, "config", None), type(base).__name__
-        structure = inspect_model(base)
+        structure = check_base(base, experts)
         check_finite(structure.tensors)
     else:
+        for task in experts:
+            check_task_name(task)
         base = open_checkpoint("The base model", base)
         model, config = meta_model(base.config), base.config
         structure, _ = inspect_checkpoint(base, model)
-        architecture = (getattr(config, "architectures", None) or ["without a config"])[0]
+        architecture = type(config).__name__ if model is None else type(model).__name__
     tensors, places = structure.tensors, {}
     for name, tensor in tensors.items():
         places.setdefault(id(tensor), []).append(name)
@@ -135,6 +142,8 @@ def check_experts(
         dtypes={"base": _float_types(tensors)},
         tokens={"base": _count_tokens(tensors, structure)},
     )
+    if model is None and config is not None:
+        report.notes.append("transformers has no such class: nothing is known of head, buffers and tied tensors.")
     sound = {}
     for task, source in experts.items():
         with warnings.catch_warnings(record=True) as caught:
@@ -147,8 +156,10 @@ def check_experts(
                 problems = list(expert_problems(expert, tensors, structure.head, structure.fixed, config))
             except ValueError as error:
                 problems = [str(error)]
+            except Exception as error:  # whatever an odd file makes of a loader, the other experts are to be checked
+                problems = [f"Expert {task!r} cannot be loaded ({type(error).__name__}: {error})."]
         report.problems[task] = problems
-        report.notes += [str(warning.message) for warning in caught]
+        report.notes += [str(warning.message) for warning in caught if warning.category is UserWarning]
         if not problems:
             sound[task] = expert
     report.tasks = sorted(sound)
@@ -158,9 +169,8 @@ def check_experts(
         merged = [name for name in merged if name not in structure.head]
     task_vectors = {task: TaskVector(expert, tensors, merged) for task, expert in sound.items()}
     for name in merged if sound else ():
-        rows = stack(task_vectors, name).view(len(sound), -1)
-        report.grams[name] = (rows @ rows.T).double().cpu()
-        report.base_norms[name] = tensors[name].float().norm().item()
+        report.grams[name] = gram(stack(task_vectors, name).view(len(sound), -1))
+        report.base_norms[name] = norm(tensors[name]).item()
     print(report)
     return report
 

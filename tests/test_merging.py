@@ -662,6 +662,15 @@ def test_karcher_is_on_the_sphere_and_between_two_is_slerp():
     assert merge_task_vectors(opposite, "karcher")["w"].norm() < 1e-6
 
 
+@pytest.mark.parametrize("method", ["karcher", "slerp"])
+def test_norms_of_large_tensors(method):
+    """A sum in float32 of so many entries would be off by 1e-3."""
+    x = torch.randn(2**24)
+    both = {"a": {"w": x}, "b": {"w": x}}
+    merged = merge_task_vectors(both, method)["w"]
+    assert ((merged - x).double().norm() / x.double().norm()) < 1e-6
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 

@@ -130,3 +130,51 @@ def test_vocabulary(llama, tmp_path, capsys):
     report = check_experts(folder / "base", {"a": other}, common_vocabulary=True)
     assert report.mergeable and report.tokens == {"base": 64, "a": 70}
     assert "the first 64 are merged" in report.notes[0] and report.notes[0] in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_not_finite(tmp_path, capsys):
+    base = ARCHITECTURES["bert"].build(num_labels=3)
+    adapter = make_adapter(base, LORA["plain"], 0)
+    layer = adapter.base_model.model.bert.encoder.layer[1].attention.self.query
+    layer.lora_B["default"].weight.data[0, 0] = float("nan")
+    report = check_experts(base, {"lora": adapter})
+    assert "layer.1.attention.self.query.weight' has 1 NaN or Inf" in report.problems["lora"][0]
+
+
+def test_what_a_loader_makes_of_an_odd_file_does_not_end_the_report(llama, tmp_path, capsys):
+    base, _, folder = llama
+    odd = rewrite(folder / "a", tmp_path / "odd", lambda tensors: None)
+    config = (odd / "config.json").read_text()
+    (odd / "config.json").write_text(config.replace('"num_attention_heads": 2', '"num_attention_heads": 3'))
+    experts = {"odd": odd, "key": {"id": folder / "a", "bogus": 1}, "a": folder / "a"}
+    for of in (base, folder / "base"):
+        report = check_experts(of, experts)
+        assert report.tasks == ["a"] and report.problems["odd"] and report.problems["key"]
+        assert all(problem.startswith("Expert '") for problems in report.problems.values() for problem in problems)
+
+
+def test_many_tensors_of_one_kind_are_one_problem(llama, tmp_path, capsys):
+    _, _, folder = llama
+    broken = rewrite(folder / "a", tmp_path / "nan", lambda tensors: [t.fill_(float("nan")) for t in tensors.values()])
+    (problem,) = [p for p in check_experts(folder / "base", {"a": broken}).problems["a"] if "NaN" in p]
+    assert "19 more tensors are like that" in problem
+
+
+def test_bases_into_which_nothing_can_be_merged(llama, tmp_path, capsys):
+    base, experts, folder = llama
+    bert = ARCHITECTURES["bert"].build(num_labels=3)
+    with pytest.raises(ValueError, match="The base model has an adapter"):
+        check_experts(make_adapter(bert, LORA["plain"], 0), {"a": bert})
+    with pytest.raises(ValueError, match="is not allowed"):
+        check_experts(base, {"x/y": experts["a"]})
+    less = rewrite(folder / "base", tmp_path / "less", lambda tensors: tensors.pop("model.norm.weight"))
+    same = rewrite(folder / "a", tmp_path / "same", lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.warns(UserWarning, match="have no 'model.norm.weight', which LlamaForCausalLM has"):
+        assert check_experts(less, {"a": same}).mergeable
+    other = rewrite(folder / "base", tmp_path / "other", BROKEN[r"has shape \(3,\)"])
+    with pytest.raises(ValueError, match=r"has shape \(3,\) in its files, and by its config \(16,\)"):
+        check_experts(other, {"a": folder / "a"})
+
+
+def test_nothing_to_merge(capsys):
+    assert "all" not in str(check_experts(torch.nn.ReLU(), {"a": torch.nn.ReLU()})).splitlines()[-1]

@@ -12,6 +12,7 @@ from test_tint_model import load, logits, perturb
 
 import peft_tint
 from peft_tint import MERGING_METHODS, TintConfig, merge, merge_task_vectors
+from peft_tint.merging import _stack
 from peft_tint.tint import _plan, _start
 from peft_tint.tint._structure import unit_name
 from peft_tint.tint.merged_layer import MergedLayer
@@ -129,7 +130,7 @@ def test_tensors_are_read_one_after_another(monkeypatch):
             reads.append(name)
             return super().__getitem__(name)
 
-    monkeypatch.setattr(_start, "CHUNK", 5)
+    monkeypatch.setattr(_stack, "GRAM_ENTRIES", 5)
     reads, names = [], ["x", "y", "z"]
     task_vectors = {task: Recorded({name: torch.randn(4, 3) for name in names}) for task in "ab"}
     starts = _start.starting_coefficients(task_vectors, dict.fromkeys(names[1:], "u"), "average", None)

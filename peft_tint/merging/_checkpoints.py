@@ -22,7 +22,7 @@ from ..checkpoints import (
     open_checkpoint,
     split_into_shards,
 )
-from ..experts import Expert, check_expert, check_finite, is_finite, match_vocabulary
+from ..experts import Expert, check_expert, check_finite, is_finite, listing, match_vocabulary
 from ..task_vectors import compute_task_vector
 from ..tint._structure import Structure, inspect_model
 from ..tint.config import check_task_name
@@ -51,7 +51,7 @@ def merge_checkpoints(
 
     `base` and the experts are folders of safetensors, Hub ids or {"id", "revision", "subfolder"}; their files are
     mapped, not read into memory. Methods that treat all entries alike take tensors in small pieces; the others need the
-    largest tensor (number of tasks + 2) times in float32, and those that decompose it several times that. Methods with
+    largest tensor (number of tasks + 4) times in float32, and those that decompose it several times that. Methods with
     a quantity of the whole model (the thresholds of TIES and magnitude pruning, EMR's rescalers, LiNeS' alpha) read
     everything more than once.
 
@@ -94,6 +94,7 @@ def merge_checkpoints(
                 merged = add_change(name, weight, change, scale, dtype)
                 for stored_name in sources.stored[name]:
                     writer.write(stored_name, merged)
+            del changes, change, merged  # before the next are made
 
 
 class Sources(NamedTuple):
@@ -187,8 +188,11 @@ def _merge(sources, names, method, per_tensor, kwargs):
         return {task: StoredTaskVector(own, sources.tensors, keys) for task, own in sources.own.items()}
 
     merged = merge_tensors(read, names, method, per_tensor, kwargs)
-    for key, changes in tqdm(merged, total=sum(map(count, names)), desc=f"merging by {method}", unit="piece"):
-        yield key if isinstance(key, str) else key[0], _entries(sources.tensors, key), changes
+    with tqdm(total=sum(map(count, names)), desc=f"merging by {method}", unit="piece") as bar:
+        for key, changes in merged:
+            yield key if isinstance(key, str) else key[0], _entries(sources.tensors, key), changes
+            del changes  # before the next are made
+            bar.update()
 
 
 class StoredTaskVector(Mapping):
@@ -227,6 +231,19 @@ def inspect_checkpoint(base: Checkpoint, model: PreTrainedModel | None) -> tuple
                 f"The base model is quantised ({name!r} has the type {tensors[name].dtype}), and task vectors cannot "
                 "be added to quantised weights. Give it unquantised, and quantise the merged model."
             )
+        if name in tensors and parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"The base model's {name!r} has shape {tuple(tensors[name].shape)} in its files, and by its config "
+                f"{tuple(parameter.shape)}. Save it again."
+            )
+    trained = {name for name, tensor in structure.tensors.items() if tensor.requires_grad}
+    missing = [places[0] for places in tied.values() if places[0] in trained and not tensors.keys() & set(places)]
+    if missing and set(names.values()) <= structure.tensors.keys():  # else the rest may be stored in another layout
+        warnings.warn(
+            f"The base's files have no {listing(missing)}, which {type(model).__name__} has and transformers would "
+            "start at random.",
+            stacklevel=4,
+        )
     for places in tied.values():
         stored = [tensors[name] for name in places if name in tensors]
         if stored and all(torch.equal(stored[0], other) for other in stored[1:]):

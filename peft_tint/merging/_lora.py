@@ -18,6 +18,7 @@ from ..task_vectors import compute_task_vector
 from ..tint._plan import check_unquantised, expert_module, labels_of, set_labels
 from ..tint._structure import CONTAINERS, find_head, is_under, named_tensors, plain_modules
 from ..tint.merged_layer import UNITS
+from ._stack import norm
 from ._svd import svd
 
 
@@ -55,7 +56,7 @@ def extract_lora(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[PeftMode
         change = _change(expert, tensors, f"{name}.weight")
         matrix = change.t() if isinstance(modules[name], nn.Embedding | Conv1D) else change.flatten(1)  # (out, in)
         factors[name] = b, a = _factors(matrix, rank, tensors[f"{name}.weight"].dtype)
-        errors[name] = ((matrix - b.to(matrix) @ a.to(matrix)).norm() / matrix.norm()).item()
+        errors[name] = (norm(matrix - b.to(matrix) @ a.to(matrix)) / norm(matrix)).item()
 
     model = copy.deepcopy(base)
     set_labels(model, labels_of(expert.config))

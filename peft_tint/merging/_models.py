@@ -11,7 +11,7 @@ from torch import nn
 
 from ..experts import TaskVector, check_expert, check_finite, is_finite, load_expert, match_vocabulary
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
-from ..tint._structure import find_head, find_vocabulary, is_under, named_tensors, plain_modules
+from ..tint._structure import Structure, find_head, inspect_model, is_under, named_tensors, plain_modules
 from ..tint.config import check_task_name
 from ._registry import check_method, merge_tensors
 
@@ -48,19 +48,11 @@ def merge(
         raise ValueError(
             f"`experts` is {experts!r}; give {{task: Hub id, folder, module or state dict}}, at least one."
         )
-    for task in experts:
-        check_task_name(task)
     per_task = check_method(method, kwargs, per_tensor, len(experts)).per_task
     check_scale(scale)
-    if hasattr(base, "peft_config"):
-        raise ValueError("The base model has an adapter; give the model without it (`model.unload()`).")
+    tensors, buffers, in_head, vocabulary = check_base(base, experts)
     modules = dict(plain_modules(base))
-    tensors, buffers = named_tensors(modules)
-    check_unquantised(base, tensors, buffers)
-    check_finite(tensors)
     head = find_head(base, modules)
-    vocabulary = find_vocabulary(base, tensors)
-    in_head = {name for name in tensors if is_under(name, head)}
     names = {}  # of what is merged; a tied parameter once, by its first name
     for name in tensors:
         if name not in buffers and not (per_task and name in in_head):
@@ -104,6 +96,18 @@ def _own_module(expert, name, base_module, tensors, of_expert):
             tensor = of_expert[id(tensors[changed])]
             tensor += factors.dense().view(tensor.shape).to(tensor)
     return expert_module(expert, name, base_module, tensors, of_expert)
+
+
+def check_base(base: nn.Module, tasks) -> Structure:
+    """Raises ValueError for names of tasks, and for a model into which nothing can be merged."""
+    for task in tasks:
+        check_task_name(task)
+    if hasattr(base, "peft_config"):
+        raise ValueError("The base model has an adapter; give the model without it (`model.unload()`).")
+    structure = inspect_model(base)
+    check_unquantised(base, structure.tensors, structure.fixed)
+    check_finite(structure.tensors)
+    return structure
 
 
 def check_scale(scale):

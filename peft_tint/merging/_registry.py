@@ -109,6 +109,7 @@ def merge_tensors(read, names, method, per_tensor, kwargs):
     for scope in [[name] for name in names] if per_tensor else [names]:
         for name, merged in function(read(scope), **kwargs):
             yield name, merged if per_task else [merged]
+            del merged  # before the next is made
 
 
 def _by_task(task_vectors, merged):

@@ -2,6 +2,8 @@
 
 import torch
 
+GRAM_ENTRIES = 2**18  # that are made float64 at a time
+
 
 def tensor_names(task_vectors: dict[str, dict]) -> list[str]:
     return list(next(iter(task_vectors.values())))
@@ -27,6 +29,20 @@ def each(task_vectors: dict[str, dict], merge, change=None):
         yield name, merge(stack(task_vectors, name, change))
 
 
+def norm(tensor: torch.Tensor, dim=None) -> torch.Tensor:
+    """In float32 of sums in float64: a float32 sum over the entries of a large tensor is off by percents on the CPU."""
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.float64).float()
+
+
+def gram(rows) -> torch.Tensor:
+    """The inner products of flat tensors of one length, (rows, rows) in float64 on the CPU, a piece at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for pieces in zip(*(row.split(GRAM_ENTRIES) for row in rows), strict=True):
+        part = torch.stack(pieces).double()
+        total += (part @ part.T).cpu()
+    return total
+
+
 def check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"`{name}` is {value}, and is a share; give a number above 0 and up to 1.")
+    if not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"`{name}` is {value!r}, and is a share; give a number above 0 and up to 1.")

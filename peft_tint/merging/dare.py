@@ -28,6 +28,6 @@ def drop(density, seed):
         digest = hashlib.sha256(repr((seed, task, name)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
         kept = torch.rand(tensor.shape, generator=generator) < density  # on the CPU
-        return torch.where(kept.to(tensor.device), tensor / density, 0)
+        return (tensor * kept.to(tensor.device)).div_(density)
 
     return dropped

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import each
+from ._stack import each, norm
 
 
 def slerp(task_vectors, t=0.5):
@@ -22,10 +22,10 @@ def slerp(task_vectors, t=0.5):
 
 
 def _interpolate(x, y, t):
-    norms = x.norm(), y.norm()
+    norms = norm(x), norm(y)
     if min(norms) > 0:
         x1, y1 = x / norms[0], y / norms[1]
-        angle = 2 * torch.atan2((x1 - y1).norm(), (x1 + y1).norm())  # exact also where the cosine is near to 1
+        angle = 2 * torch.atan2(norm(x1 - y1), norm(x1 + y1))  # exact also where the cosine is near to 1
         if angle.sin() > 1e-4:
             return ((1 - t) * angle).sin() / angle.sin() * x + (t * angle).sin() / angle.sin() * y
     return (1 - t) * x + t * y

@@ -5,9 +5,8 @@ from collections import defaultdict
 import torch
 
 from ..merging import MERGING_METHODS
+from ..merging._stack import gram
 from ..merging._svd import ROUNDING
-
-CHUNK = 2**20  # entries of a tensor that are made float64 at a time
 
 
 @torch.no_grad()
@@ -27,15 +26,12 @@ def starting_coefficients(task_vectors, units, method, bounds, scale=1.0, **kwar
     grams = defaultdict(float)  # of the task vectors and, as the last row and column, of the merge
     for name, merged in MERGING_METHODS[method].function(task_vectors, **kwargs):
         if name in units:
-            rows = [*(own[name].flatten() for own in task_vectors.values()), merged.flatten()]
-            for parts in zip(*(row.split(CHUNK) for row in rows), strict=True):
-                part = torch.stack(parts).double()
-                grams[units[name]] += (part @ part.T).cpu()
+            grams[units[name]] += gram([*(own[name].flatten() for own in task_vectors.values()), merged.flatten()])
     starts = {}
-    for unit, gram in grams.items():
+    for unit, products in grams.items():
         # squared, for these eigenvalues are squares of the task vectors' singular values
-        inverse = torch.linalg.pinv(gram[:-1, :-1], rtol=ROUNDING**2, hermitian=True)
-        values = inverse @ (scale * gram[:-1, -1])
+        inverse = torch.linalg.pinv(products[:-1, :-1], rtol=ROUNDING**2, hermitian=True)
+        values = inverse @ (scale * products[:-1, -1])
         if not torch.isfinite(values.float()).all():
             raise ValueError(
                 f"The merge {method!r} that is to be the start has NaN or Inf in {unit!r}, with `scale`={scale} and "
