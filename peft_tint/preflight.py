@@ -170,7 +170,7 @@ def check_experts(
     task_vectors = {task: TaskVector(expert, tensors, merged) for task, expert in sound.items()}
     for name in merged if sound else ():
         report.grams[name] = gram(stack(task_vectors, name).view(len(sound), -1))
-        report.base_norms[name] = norm(tensors[name]).item()
+        report.base_norms[name] = norm(tensors[name])
     print(report)
     return report
 

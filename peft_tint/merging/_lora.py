@@ -56,7 +56,7 @@ def extract_lora(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[PeftMode
         change = _change(expert, tensors, f"{name}.weight")
         matrix = change.t() if isinstance(modules[name], nn.Embedding | Conv1D) else change.flatten(1)  # (out, in)
         factors[name] = b, a = _factors(matrix, rank, tensors[f"{name}.weight"].dtype)
-        errors[name] = (norm(matrix - b.to(matrix) @ a.to(matrix)) / norm(matrix)).item()
+        errors[name] = norm(matrix - b.to(matrix) @ a.to(matrix)) / norm(matrix)
 
     model = copy.deepcopy(base)
     set_labels(model, labels_of(expert.config))

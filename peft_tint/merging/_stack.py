@@ -29,18 +29,19 @@ def each(task_vectors: dict[str, dict], merge, change=None):
         yield name, merge(stack(task_vectors, name, change))
 
 
-def norm(tensor: torch.Tensor, dim=None) -> torch.Tensor:
-    """In float32 of sums in float64: a float32 sum over the entries of a large tensor is off by percents on the CPU."""
-    return torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.float64).float()
-
-
 def gram(rows) -> torch.Tensor:
-    """The inner products of flat tensors of one length, (rows, rows) in float64 on the CPU, a piece at a time."""
+    """The inner products of flat tensors of one length, (rows, rows) in float64 on the CPU, a piece at a time.
+
+    A norm in float32 of a large tensor would be off by percents on the CPU."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for pieces in zip(*(row.split(GRAM_ENTRIES) for row in rows), strict=True):
         part = torch.stack(pieces).double()
         total += (part @ part.T).cpu()
     return total
+
+
+def norm(tensor: torch.Tensor) -> float:
+    return gram([tensor.flatten()]).item() ** 0.5
 
 
 def check_share(name: str, value: float) -> None:

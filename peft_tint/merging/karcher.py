@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import each, gram, norm
+from ._stack import each, gram
 
 
 def karcher(task_vectors, max_iterations=100, tolerance=1e-9):
@@ -21,21 +21,21 @@ def karcher(task_vectors, max_iterations=100, tolerance=1e-9):
 def _mean(stacked, max_iterations, tolerance):
     """All points of the iteration are combinations of the directions, so it runs on their coefficients alone."""
     rows = stacked.view(len(stacked), -1)
-    norms = norm(rows, dim=1)
-    rows /= norms.where(norms > 0, 1)[:, None]  # directions, in place
+    products = gram(rows)
+    norms = products.diag().sqrt()
     changed = norms > 0
-    cosines = gram(rows)[changed.cpu()][:, changed.cpu()]
-    mean = _mean_coefficients(cosines, max_iterations, tolerance)
+    between = products[changed][:, changed] / norms[changed].outer(norms[changed])  # cosines
+    mean = _mean_coefficients(between, max_iterations, tolerance)
     if mean is None:
-        coefficients = norms / len(rows)  # of the plain mean
-    else:
-        coefficients = torch.zeros_like(norms).masked_scatter(changed, norms.mean() * mean.to(norms))
-    return (coefficients @ rows).view(stacked.shape[1:])
+        return stacked.mean(0)
+    coefficients = torch.zeros_like(norms)
+    coefficients[changed] = norms.mean() * mean / norms[changed]
+    return (coefficients.to(rows) @ rows).view(stacked.shape[1:])
 
 
 def _mean_coefficients(between, max_iterations, tolerance):
     """Of the directions with these cosines; None where their mean on the sphere is not defined."""
-    mean = torch.ones(len(between), dtype=torch.float64, device=between.device)
+    mean = torch.ones(len(between), dtype=torch.float64)
     if len(between) == 0 or mean @ between @ mean < 1e-6:
         return None
     mean /= (mean @ between @ mean).sqrt()

@@ -1,6 +1,4 @@
-import torch
-
-from ._stack import each, norm
+from ._stack import each, gram
 
 
 def slerp(task_vectors, t=0.5):
@@ -22,10 +20,10 @@ def slerp(task_vectors, t=0.5):
 
 
 def _interpolate(x, y, t):
-    norms = norm(x), norm(y)
-    if min(norms) > 0:
-        x1, y1 = x / norms[0], y / norms[1]
-        angle = 2 * torch.atan2(norm(x1 - y1), norm(x1 + y1))  # exact also where the cosine is near to 1
+    products = gram([x.flatten(), y.flatten()])
+    norms = products.diag().sqrt()
+    if norms.min() > 0:
+        angle = (products[0, 1] / norms.prod()).clamp(-1, 1).arccos()
         if angle.sin() > 1e-4:
-            return ((1 - t) * angle).sin() / angle.sin() * x + (t * angle).sin() / angle.sin() * y
+            return (((1 - t) * angle).sin() / angle.sin()).item() * x + ((t * angle).sin() / angle.sin()).item() * y
     return (1 - t) * x + t * y
