@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .checkpoints import open_checkpoint
-from .experts import Expert, TaskVector, check_finite, expert_problems, load_expert, match_vocabulary
-from .merging._checkpoints import inspect_checkpoint
-from .merging._stack import stacks
+from .checkpoints import meta_model, open_checkpoint
+from .experts import TaskVector, check_finite, expert_problems, load_expert, match_vocabulary
+from .merging._checkpoints import inspect_checkpoint, stored_expert
+from .merging._stack import stack
 from .tint._structure import inspect_model, unit_name
 
 
@@ -114,14 +114,16 @@ def check_experts(
 
     Raises ValueError for a base that nothing can be merged into (not finite, quantised, no checkpoint).
     """
-    if not experts:
-        raise ValueError("`experts` is empty; give {task: expert}.")
+    if not isinstance(experts, Mapping) or not experts:
+        raise ValueError(f"`experts` is {experts!r}; give {{task: expert}}, at least one.")
     if isinstance(base, nn.Module):
-        structure, config, architecture = inspect_model(base), getattr(base, "config", None), type(base).__name__
+        model, config, architecture = base, getattr(base, "config", None), type(base).__name__
+        structure = inspect_model(base)
         check_finite(structure.tensors)
     else:
-        checkpoint = open_checkpoint("The base model", base)
-        structure, config = inspect_checkpoint(checkpoint), checkpoint.config
+        base = open_checkpoint("The base model", base)
+        model, config = meta_model(base.config), base.config
+        structure, _ = inspect_checkpoint(base, model)
         architecture = (getattr(config, "architectures", None) or ["without a config"])[0]
     tensors, places = structure.tensors, {}
     for name, tensor in tensors.items():
@@ -138,7 +140,7 @@ def check_experts(
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                expert = _load(task, source, base)
+                expert = _load(task, source, base, model)
                 report.dtypes[task] = _float_types(expert.tensors)
                 report.tokens[task] = _count_tokens(expert.tensors, structure)
                 expert = match_vocabulary(expert, tensors, structure.vocabulary, common_vocabulary)
@@ -155,19 +157,18 @@ def check_experts(
         report.notes.append("Heads differ in shape: TINT and per-task methods keep each task's, others the base's.")
         merged = [name for name in merged if name not in structure.head]
     task_vectors = {task: TaskVector(expert, tensors, merged) for task, expert in sound.items()}
-    for name, stacked in stacks(task_vectors) if sound else ():
-        rows = stacked.view(len(stacked), -1)
+    for name in merged if sound else ():
+        rows = stack(task_vectors, name).view(len(sound), -1)
         report.grams[name] = (rows @ rows.T).double().cpu()
         report.base_norms[name] = tensors[name].float().norm().item()
     print(report)
     return report
 
 
-def _load(task, source, base):
+def _load(task, source, base, model):
     if isinstance(base, nn.Module):
         return load_expert(task, source, base)
-    checkpoint = open_checkpoint(f"Expert {task!r}", source)
-    return Expert(task, checkpoint.tensors, None, checkpoint.config)
+    return stored_expert(task, open_checkpoint(f"Expert {task!r}", source), model)
 
 
 def _float_types(tensors):

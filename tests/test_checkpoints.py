@@ -174,7 +174,7 @@ def test_whole_or_not_at_all(folders, tmp_path, monkeypatch):
 
     def write(self, *args):
         calls.append(args)
-        assert [file for file in os.listdir(tmp_path) if not file.endswith(".incomplete")] == []
+        assert [file for file in os.listdir(tmp_path) if not file.startswith(".incomplete-")] == []
         if len(calls) > 20:
             raise OSError("No space left on device")
         return written(self, *args)
@@ -237,7 +237,7 @@ def test_bad_folders_and_arguments(folders, bert, tmp_path):
 
     refused("no merging method 'tie'", method="tie")
     refused("'average' has no argument `density`; it takes no arguments", density=0.2)
-    refused("`experts` is empty", experts={})
+    refused("`experts` is {}; give {task", experts={})
     refused("`files_from` is 'c', and the experts are b, a", files_from="c")
     refused("`files_from` is 'a', and 'emr' makes a model of each task", method="emr", files_from="a")
     refused("`dtype` is 'int8'; give float32", dtype="int8")
@@ -250,8 +250,28 @@ def test_bad_folders_and_arguments(folders, bert, tmp_path):
     refused(r"has 0 safetensors files .*pickled weights \(.bin, .pt\) are not read", experts={"a": tmp_path / "pickle"})
     (tmp_path / "pickle" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     refused(r"model.safetensors in .*pickle' is missing or broken", experts={"a": tmp_path / "pickle"})
-    (tmp_path / "pickle" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../b/model.safetensors"}}')
-    refused("names '../b/model.safetensors', which is no file beside it", experts={"a": tmp_path / "pickle"})
+    (tmp_path / "index").mkdir()
+    index = tmp_path / "index" / "model.safetensors.index.json"
+    index.write_text('{"weights": []}')
+    refused("Expert 'a': model.safetensors.index.json in .* is broken", experts={"a": tmp_path / "index"})
+    index.write_text('{"weight_map": {"x": "../b/model.safetensors"}}')
+    refused("names '../b/model.safetensors', which is no file beside it", experts={"a": tmp_path / "index"})
+    (tmp_path / "config").mkdir()
+    for settings in ("[]", '{"model_type": "llama", "hidden_size": "16"}'):
+        (tmp_path / "config" / "config.json").write_text(settings)
+        refused("Expert 'a': config.json in .* cannot be read", experts={"a": tmp_path / "config"})
+    for task in ("../b", "/b", "", ".", "b/c", 1):
+        refused("The task name .* is not allowed", experts={task: experts["a"]}, method="emr")
+    for value in (float("nan"), float("inf"), "0.3", None):
+        refused("`scale` is .*; give a number", scale=value)
+    for size in ("abc", 0, -5):
+        refused("`max_shard_size` is ", max_shard_size=size)
+    refused("`density` is 0, and is a share", method="ties", density=0)
+    refused("`min_tasks` is 3 and there are 2 tasks", method="consensus", min_tasks=3)
+    refused("is between two tasks and got 1", experts={"a": experts["a"]}, method="slerp")
+    refused(r"model.safetensors' is a file; give the folder", base=f"{base}/model.safetensors")
+    refused(r"Expert 'a' is 'dict'; give a folder", experts={"a": {"path": experts["a"]}})
+    refused(r"Expert 'a' is 'Linear'; .*Models in memory go to `peft_tint.merge`", experts={"a": torch.nn.Linear(2, 2)})
     refused("there is no folder", base={"id": base, "subfolder": "none"})
     quantised = rewrite(base, tmp_path / "quantised", lambda tensors: None)
     config = json.loads((quantised / "config.json").read_text())
@@ -304,3 +324,125 @@ def test_buffers_must_be_the_bases(folders, tmp_path):
     broken = rewrite(experts["a"], tmp_path / "broken", lambda tensors: tensors[mean].add_(1))
     with pytest.raises(ValueError, match=f"Expert 'a': the buffer '{mean}' differs"):
         merge_checkpoints(base, {"a": broken}, "average", tmp_path / "again")
+
+
+def save(model, folder, **changes):
+    """The model's folder, with a changed config."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dare", "emr"])  # one depends on the names of tensors, the other keeps heads
+def test_every_architecture(architecture, tmp_path, method):
+    """Also those whose tensors have other names in files than in memory."""
+    base = architecture.build()
+    if not isinstance(base, T.PreTrainedModel):
+        pytest.skip("a plain module, whose folder has no config")
+    experts = make_experts(base, ["b", "a"])
+    for task, model in {"base": base, **experts}.items():
+        model.load_state_dict(dict(base.named_buffers()), strict=False)
+        model.save_pretrained(tmp_path / task)
+    folders = {task: tmp_path / task for task in experts}
+    merge_checkpoints(tmp_path / "base", folders, method, tmp_path / "out", "20KB", scale=0.7)
+    load = type(base).from_pretrained
+    merged = merge(load(tmp_path / "base"), folders, method, scale=0.7)
+    for task in experts if method == "emr" else [""]:
+        again, report = load(tmp_path / "out" / task, output_loading_info=True)
+        assert not any(report.values())
+        wanted = (merged[task] if task else merged).state_dict()
+        torch.testing.assert_close(again.state_dict(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tied_tensor_that_is_stored_twice_is_merged_once(folders, tmp_path):
+    base, experts = folders["llama_tied"]
+    twice = {"lm_head.weight": lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()})}
+    other = rewrite(base, tmp_path / "base", twice["lm_head.weight"])
+    for method in ("ties", "dare"):
+        merge_checkpoints(base, experts, method, tmp_path / f"once_{method}")
+        merge_checkpoints(other, experts, method, tmp_path / f"twice_{method}")
+        once, both = read(tmp_path / f"once_{method}"), read(tmp_path / f"twice_{method}")
+        assert torch.equal(both.pop("lm_head.weight"), both[EMBEDDING])
+        torch.testing.assert_close(both, once, rtol=0, atol=0)
+
+
+def test_files_of_an_expert_in_another_type(folders, tmp_path):
+    base, experts = folders["bert"]  # in float32 and bfloat16, with heads of one shape
+    merge_checkpoints(base, experts, "average", tmp_path / "out", files_from="a")
+    merge_checkpoints(base, experts, "average", tmp_path / "same")
+    torch.testing.assert_close(read(tmp_path / "out"), read(tmp_path / "same"), rtol=0, atol=0)
+
+
+def test_a_model_that_transformers_does_not_know(folders, tmp_path):
+    base, experts = folders["bert"]
+    for architectures in (None, ["Trainer"], ["MyModel"], "BertModel"):
+        unknown = save(AUTO["bert"].from_pretrained(base), tmp_path / "unknown", architectures=architectures)
+        with pytest.raises(ValueError, match=r"none of them in transformers.*could not get its own head"):
+            merge_checkpoints(unknown, experts, "emr", tmp_path / "out")
+    with pytest.warns(UserWarning, match="all floats are merged alike"):
+        merge_checkpoints(unknown, experts, "average", tmp_path / "out")
+
+
+def test_one_file_goes_before_an_index(folders, tmp_path):
+    base, experts = folders["llama_tied"]
+    both = rewrite(experts["a"], tmp_path / "both", lambda tensors: None)
+    (both / "model.safetensors.index.json").write_text('{"weight_map": {"x": "none.safetensors"}}')
+    merge_checkpoints(base, {"a": both}, "average", tmp_path / "out")
+    (both / "model.safetensors").rename(both / "1.safetensors")
+    shutil.copy(both / "1.safetensors", both / "2.safetensors")
+    files = {"weight_map": {"x": "1.safetensors", "y": "2.safetensors"}}
+    (both / "model.safetensors.index.json").write_text(json.dumps(files))
+    with pytest.raises(ValueError, match="is in two files"):
+        merge_checkpoints(base, {"a": both}, "average", tmp_path / "again")
+
+
+def test_kept_tensors_must_fit_the_type_too(folders, tmp_path):
+    base, _ = folders["resnet"]
+    large = rewrite(
+        base, tmp_path / "large", lambda t: [x.fill_(1e5) for name, x in t.items() if "running_var" in name]
+    )
+    with pytest.raises(ValueError, match=r"running_var' is out of torch.float16's range; give another `dtype`"):
+        merge_checkpoints(large, {"a": large}, "average", tmp_path / "out", dtype="float16")
+
+
+def test_output_folders(folders, tmp_path, monkeypatch):
+    """A link to an empty folder, an empty one, the working directory, and one below folders that are not there."""
+    base, experts = folders["llama_tied"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cwd").mkdir()
+    os.symlink(tmp_path / "empty", tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "cwd")
+    inode = os.stat(".").st_ino
+    for output in ("../link", ".", "../some/where/"):
+        merge_checkpoints(base, experts, "average", output, "9KB")
+        _, report = loaded("llama_tied", output)
+        assert not any(report.values()) and not any("incomplete" in name for name in os.listdir(output))
+    assert os.stat(".").st_ino == inode and os.path.islink(tmp_path / "link")
+
+
+def test_templates_and_nested_paths(folders, tmp_path):
+    base, experts = folders["llama_tied"]
+    source = rewrite(base, tmp_path / "source", lambda tensors: None)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}")
+    (source / "vocab.txt").mkdir()  # no file, whatever its name
+    nested = {"backbone": {"_name_or_path": str(source), "kept": 1}}
+    (source / "processor_config.json").write_text(json.dumps(nested))
+    merge_checkpoints(source, experts, "average", tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool.jinja").read_text() == "{{ x }}"
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text()) == {"backbone": {"kept": 1}}
+    assert not (tmp_path / "out" / "vocab.txt").exists()
+
+
+def test_many_files_and_few_that_may_be_open(folders, tmp_path):
+    resource = pytest.importorskip("resource")
+    base, experts = folders["llama_tied"]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 100
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 15, before[1]))
+    try:
+        merge_checkpoints(base, experts, "emr", tmp_path / "out", "2KB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(os.listdir(tmp_path / "out" / "a")) > 10

@@ -1,6 +1,7 @@
 """Merging of models: experts to task vectors, and what is merged onto the base. Knows `tint`, unlike the methods."""
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from torch import nn
 from ..experts import TaskVector, check_expert, check_finite, is_finite, load_expert, match_vocabulary
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
 from ..tint._structure import find_head, find_vocabulary, is_under, named_tensors, plain_modules
+from ..tint.config import check_task_name
 from ._registry import check_method, merge_tensors
 
 
@@ -42,11 +44,16 @@ def merge(
 
     Raises ValueError for an unknown method or argument, and for an expert that does not fit (see `check_expert`).
     """
-    per_task = check_method(method, kwargs, per_tensor).per_task
+    if not isinstance(experts, Mapping) or not experts:
+        raise ValueError(
+            f"`experts` is {experts!r}; give {{task: Hub id, folder, module or state dict}}, at least one."
+        )
+    for task in experts:
+        check_task_name(task)
+    per_task = check_method(method, kwargs, per_tensor, len(experts)).per_task
+    check_scale(scale)
     if hasattr(base, "peft_config"):
         raise ValueError("The base model has an adapter; give the model without it (`model.unload()`).")
-    if not experts:
-        raise ValueError("`experts` is empty; give {task: Hub id, folder, module or state dict}.")
     modules = dict(plain_modules(base))
     tensors, buffers = named_tensors(modules)
     check_unquantised(base, tensors, buffers)
@@ -97,6 +104,11 @@ def _own_module(expert, name, base_module, tensors, of_expert):
             tensor = of_expert[id(tensors[changed])]
             tensor += factors.dense().view(tensor.shape).to(tensor)
     return expert_module(expert, name, base_module, tensors, of_expert)
+
+
+def check_scale(scale):
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"`scale` is {scale!r}; give a number, such as 0.3.")
 
 
 def add_change(name, weight, change, scale, dtype=None):

@@ -133,13 +133,17 @@ def check_transform(method: str, kwargs: dict) -> None:
     _check_arguments(method, MERGING_METHODS[method].parts, kwargs)
 
 
-def check_method(method: str, kwargs: dict, per_tensor: bool = False) -> MergingMethod:
-    """Raises ValueError, with the known ones, for an unknown method or an argument that it does not take."""
-    if method not in MERGING_METHODS:
+def check_method(method: str, kwargs: dict, per_tensor: bool = False, tasks: int | None = None) -> MergingMethod:
+    """Raises ValueError, with the known ones, for an unknown method or an argument that it does not take, and, with the
+    number of `tasks`, for a value that it does not take."""
+    if not isinstance(method, str) or method not in MERGING_METHODS:
         raise ValueError(f"There is no merging method {method!r}; there are {', '.join(MERGING_METHODS)}.")
     _check_arguments(method, MERGING_METHODS[method].function, kwargs)
     if per_tensor and method == "lines":
         raise ValueError("`lines` scales tensors by their depth in the model; it has no `per_tensor`.")
+    if tasks is not None:  # with no tensors at all, so that only the arguments are looked at
+        merge_nothing = MERGING_METHODS[method].function({str(number): {} for number in range(tasks)}, **kwargs)
+        assert not list(merge_nothing)
     return MERGING_METHODS[method]
 
 

@@ -21,10 +21,10 @@ def stack(task_vectors: dict[str, dict], name: str, change=None) -> torch.Tensor
     return stacked
 
 
-def stacks(task_vectors: dict[str, dict], change=None):
-    """Yields (name, `stack`) of all tensors."""
+def each(task_vectors: dict[str, dict], merge, change=None):
+    """Yields (name, merge(`stack`)) of all tensors, and lets go of a stack before it makes the next."""
     for name in tensor_names(task_vectors):
-        yield name, stack(task_vectors, name, change)
+        yield name, merge(stack(task_vectors, name, change))
 
 
 def check_share(name: str, value: float) -> None:

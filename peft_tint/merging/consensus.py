@@ -1,4 +1,4 @@
-from ._stack import stacks
+from ._stack import each
 from .tall_masks import masks
 
 
@@ -9,16 +9,23 @@ def consensus(task_vectors, mask_scale=0.4, min_tasks=2):
     task alone ("selfish") are lost by design. Usually scaled as task arithmetic is. `min_tasks` is in 1 ... number of
     tasks; one task alone needs 1, and then gives its expert.
     """
-    for name, parts in consensus_parts(task_vectors, mask_scale, min_tasks):
-        yield name, parts.sum(0)
+    check_min_tasks(task_vectors, min_tasks)
+    return each(task_vectors, lambda stacked: keep(stacked, mask_scale, min_tasks).sum(0))
 
 
 def consensus_parts(task_vectors, mask_scale=0.4, min_tasks=2):
     """Each task's part in `consensus`: its task vector without the entries that too few tasks use."""
+    check_min_tasks(task_vectors, min_tasks)
+    return each(task_vectors, lambda stacked: keep(stacked, mask_scale, min_tasks))
+
+
+def keep(stacked, mask_scale, min_tasks):
+    return stacked * (masks(stacked, mask_scale).sum(0) >= min_tasks)
+
+
+def check_min_tasks(task_vectors, min_tasks):
     if not 1 <= min_tasks <= len(task_vectors):
         raise ValueError(
             f"`min_tasks` is {min_tasks} and there are {len(task_vectors)} tasks, so nothing could be kept. "
             f"Give an integer from 1 to {len(task_vectors)}."
         )
-    for name, stacked in stacks(task_vectors):
-        yield name, stacked * (masks(stacked, mask_scale).sum(0) >= min_tasks)

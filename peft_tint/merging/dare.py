@@ -2,7 +2,7 @@ import hashlib
 
 import torch
 
-from ._stack import check_share, stacks
+from ._stack import check_share, each
 
 
 def dare(task_vectors, density=0.1, seed=0):
@@ -12,13 +12,12 @@ def dare(task_vectors, density=0.1, seed=0):
     expectation stays. Lossy by `density`, also for one task alone. What is dropped depends on `seed`, the task's and
     the tensor's name and nothing else.
     """
-    for name, stacked in stacks(task_vectors, drop(density, seed)):
-        yield name, stacked.sum(0)
+    return each(task_vectors, lambda stacked: stacked.sum(0), drop(density, seed))
 
 
 def dare_parts(task_vectors, density=0.1, seed=0):
     """Each task's part in `dare`: what is left of its task vector, rescaled."""
-    yield from stacks(task_vectors, drop(density, seed))
+    return each(task_vectors, lambda stacked: stacked, drop(density, seed))
 
 
 def drop(density, seed):

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stacks
+from ._stack import each
 
 
 def emr(task_vectors):
@@ -12,12 +12,15 @@ def emr(task_vectors):
     bit an entry and task, and one number a task.
     """
     norms, masked_norms = (torch.zeros(len(task_vectors), dtype=torch.float64) for _ in range(2))
-    for _, stacked in stacks(task_vectors):
-        norms += _l1_norms(stacked)
-        masked_norms += _l1_norms(_mask(stacked))
+    for _, (own, masked) in each(task_vectors, lambda stacked: (_l1_norms(stacked), _l1_norms(_mask(stacked)))):
+        norms += own
+        masked_norms += masked
     rescalers = norms / masked_norms.where(masked_norms > 0, 1)
-    for name, stacked in stacks(task_vectors):
-        yield name, _mask(stacked).mul_(rescalers.to(stacked).view(-1, *[1] * (stacked.ndim - 1)))
+
+    def rescale(stacked):
+        return _mask(stacked).mul_(rescalers.to(stacked).view(-1, *[1] * (stacked.ndim - 1)))
+
+    return each(task_vectors, rescale)
 
 
 def _mask(stacked):

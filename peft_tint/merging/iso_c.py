@@ -1,4 +1,4 @@
-from ._stack import stacks
+from ._stack import each
 from ._svd import isotropic, svd
 
 
@@ -9,5 +9,4 @@ def iso_c(task_vectors):
     not count, for their vectors are arbitrary; the released code gives them the mean too, which differs for sums of low
     rank (LoRA experts). All but matrices: the mean over tasks.
     """
-    for name, stacked in stacks(task_vectors):
-        yield name, isotropic(*svd(stacked.sum(0))) if stacked.ndim == 3 else stacked.mean(0)
+    return each(task_vectors, lambda x: isotropic(*svd(x.sum(0))) if x.ndim == 3 else x.mean(0))

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import check_share, stacks
+from ._stack import check_share, each
 from ._svd import isotropic, polar, svd
 
 
@@ -13,8 +13,7 @@ def iso_cts(task_vectors, common_space=0.8):
     `iso_c`), so it is lossy also for one task alone. All but matrices: the mean over tasks.
     """
     check_share("common_space", common_space)
-    for name, stacked in stacks(task_vectors):
-        yield name, _merge(stacked, common_space)
+    return each(task_vectors, lambda stacked: _merge(stacked, common_space))
 
 
 def _merge(stacked, common_space):

@@ -2,7 +2,7 @@ import re
 
 import torch
 
-from ._stack import stacks, tensor_names
+from ._stack import each, tensor_names
 from .task_arithmetic import task_arithmetic
 
 
@@ -16,18 +16,15 @@ def lines(task_vectors, alpha=None, beta=0.5, inner=task_arithmetic):
     expert for beta = 0 only.
     """
     if alpha is None:
-        summed = ((name, stacked.sum(0)) for name, stacked in stacks(task_vectors))
-        alpha = l1_norm(summed) / (l1_norm(inner(task_vectors)) or 1) / len(task_vectors)
+        alpha = l1_norm(task_arithmetic(task_vectors)) / (l1_norm(inner(task_vectors)) or 1) / len(task_vectors)
     scales = scale_of_names(tensor_names(task_vectors), alpha, beta)
-    for name, tensor in inner(task_vectors):
-        yield name, tensor * scales[name]
+    return ((name, tensor * scales[name]) for name, tensor in inner(task_vectors))
 
 
 def lines_parts(task_vectors, alpha=None, beta=0.5):
     """Each task's part in `lines` over task arithmetic: its scaled task vector. `alpha` is 1 / number of tasks."""
     scales = scale_of_names(tensor_names(task_vectors), 1 / len(task_vectors) if alpha is None else alpha, beta)
-    for name, stacked in stacks(task_vectors):
-        yield name, stacked * scales[name]
+    return each(task_vectors, lambda stacked: stacked, lambda task, name, tensor: tensor * scales[name])
 
 
 def scale_of_names(names, alpha, beta):

@@ -1,19 +1,18 @@
 import torch
 
-from ._stack import check_share, stacks
+from ._stack import check_share, each
 
 
 def magnitude(task_vectors, density=0.2):
     """The sum of the task vectors, each trimmed to its largest entries (https://arxiv.org/abs/1506.02626).
 
     It is TIES without the signs: lossy by `density`, also for one task alone. See `trim`."""
-    for name, stacked in stacks(task_vectors, trim(task_vectors, density)):
-        yield name, stacked.sum(0)
+    return each(task_vectors, lambda stacked: stacked.sum(0), trim(task_vectors, density))
 
 
 def magnitude_parts(task_vectors, density=0.2):
     """Each task's part in `magnitude`: its trimmed task vector."""
-    yield from stacks(task_vectors, trim(task_vectors, density))
+    return each(task_vectors, lambda stacked: stacked, trim(task_vectors, density))
 
 
 def trim(task_vectors, density):

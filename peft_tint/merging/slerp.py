@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stacks
+from ._stack import each
 
 
 def slerp(task_vectors, t=0.5):
@@ -18,8 +18,7 @@ def slerp(task_vectors, t=0.5):
     first, second = task_vectors
     if first > second:  # `stack` has them by name
         t = 1 - t
-    for name, stacked in stacks(task_vectors):
-        yield name, _interpolate(*stacked, t)
+    return each(task_vectors, lambda stacked: _interpolate(*stacked, t))
 
 
 def _interpolate(x, y, t):

@@ -1,4 +1,4 @@
-from ._stack import stacks
+from ._stack import each
 
 
 def tall_masks(task_vectors, mask_scale=0.4):
@@ -8,8 +8,7 @@ def tall_masks(task_vectors, mask_scale=0.4):
     validation data. Lossy, except for one task alone: an entry is the sum's or zero. To store are the sum and one bit
     an entry and task.
     """
-    for name, stacked in stacks(task_vectors):
-        yield name, masks(stacked, mask_scale) * stacked.sum(0)
+    return each(task_vectors, lambda stacked: masks(stacked, mask_scale) * stacked.sum(0))
 
 
 def masks(stacked, mask_scale):

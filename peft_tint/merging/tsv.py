@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stacks
+from ._stack import each
 from ._svd import polar, svd
 
 
@@ -11,21 +11,25 @@ def tsv(task_vectors):
     released code would lose the tensor); U and V of all tasks together are replaced by their polar factors and the
     singular values are kept. All but matrices: the mean. Lossy by the truncation, except for one task alone.
     """
-    for name, stacked in stacks(task_vectors):
-        if stacked.ndim == 3:
-            u, s, vh = _decorrelated(stacked)
-            yield name, torch.cat(u, 1) * torch.cat(s) @ torch.cat(vh)
-        else:
-            yield name, stacked.mean(0)
+    return each(task_vectors, _merge)
 
 
 def tsv_parts(task_vectors):
     """Each task's part in `tsv`: its own decorrelated triplets; of all but matrices, its share in the mean."""
-    for name, stacked in stacks(task_vectors):
-        if stacked.ndim == 3:
-            yield name, torch.stack([u * s @ vh for u, s, vh in zip(*_decorrelated(stacked), strict=True)])
-        else:
-            yield name, stacked / len(stacked)
+    return each(task_vectors, _parts)
+
+
+def _merge(stacked):
+    if stacked.ndim != 3:
+        return stacked.mean(0)
+    u, s, vh = _decorrelated(stacked)
+    return torch.cat(u, 1) * torch.cat(s) @ torch.cat(vh)
+
+
+def _parts(stacked):
+    if stacked.ndim != 3:
+        return stacked / len(stacked)
+    return torch.stack([u * s @ vh for u, s, vh in zip(*_decorrelated(stacked), strict=True)])
 
 
 def _decorrelated(stacked):

@@ -1,6 +1,6 @@
 import torch
 
-from ._stack import stacks
+from ._stack import each
 
 
 def wudi(task_vectors, learning_rate=1e-5, iterations=300):
@@ -15,8 +15,7 @@ def wudi(task_vectors, learning_rate=1e-5, iterations=300):
         raise ValueError(
             f"`learning_rate` is {learning_rate} and `iterations` is {iterations}; give a positive number and a count."
         )
-    for name, stacked in stacks(task_vectors):
-        yield name, _minimise(stacked, learning_rate, iterations) if stacked.ndim == 3 else stacked.mean(0)
+    return each(task_vectors, lambda stacked: _minimise(stacked, learning_rate, iterations))
 
 
 def _minimise(stacked, learning_rate, iterations):
@@ -24,6 +23,8 @@ def _minimise(stacked, learning_rate, iterations):
 
     `change` = tau - sum_i tau_i is what Adam moves, so that the gradient is 2 (change G + constant): one product a
     step, and exactly zero where only one task changed the matrix."""
+    if stacked.ndim != 3:
+        return stacked.mean(0)
     total = stacked.sum(0)
     gram = torch.zeros(total.shape[1], total.shape[1], device=total.device)
     constant = torch.zeros_like(total)
