@@ -110,9 +110,7 @@ class DtsLayer(WrappedLayer):
                 continue
             for kind, names in self.expected[adapter].items():
                 if len(getattr(self, kind)[adapter].items()) < len(names):
-                    raise ValueError(
-                        f"The weights of the adapter {adapter!r} have not been loaded, or not all of them."
-                    )
+                    raise ValueError(f"The weights of the adapter {adapter!r} have not all been loaded.")
             for name, vectors in self.dts_decoded[adapter].items():
                 yield name.replace("/", "."), torch.ones(1, device=vectors.dense_tasks.device), vectors
             for name, value in self.dts_head[adapter].items():
