@@ -18,7 +18,10 @@ class Tensors(nn.Module):
         self.register_buffer(name.replace(".", "/"), tensor)
 
     def items(self):
-        return [(name.replace("/", "."), tensor) for name, tensor in self.named_buffers(recurse=False)]
+        return [(name.replace("/", "."), tensor) for name, tensor in self._buffers.items()]
+
+    def __len__(self):
+        return len(self._buffers)
 
 
 class Whole(NamedTuple):
@@ -109,8 +112,11 @@ class DtsLayer(WrappedLayer):
             if adapter not in self.expected:
                 continue
             for kind, names in self.expected[adapter].items():
-                if len(getattr(self, kind)[adapter].items()) < len(names):
-                    raise ValueError(f"The weights of the adapter {adapter!r} have not all been loaded.")
+                if len(getattr(self, kind)[adapter]) < len(names):
+                    raise ValueError(
+                        f"The weights of the adapter {adapter!r} have not all been loaded. Load a saved adapter by "
+                        "`PeftModel.from_pretrained`; transformers' own `load_adapter` knows no sizes but the model's."
+                    )
             for name, vectors in self.dts_decoded[adapter].items():
                 yield name.replace("/", "."), torch.ones(1, device=vectors.dense_tasks.device), vectors
             for name, value in self.dts_head[adapter].items():

@@ -143,9 +143,6 @@ class DtsModel(WrappingTuner):
         labels = [self.peft_config[adapter].labels for adapter in adapters if adapter in self.peft_config]
         set_labels(self.model, (labels and labels[-1]) or self._base_labels)
 
-    def _layers(self) -> list[DtsLayer]:
-        return [module for module in self.model.modules() if isinstance(module, DtsLayer)]
-
     # ---- mixed batches -----------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -157,7 +154,7 @@ class DtsModel(WrappingTuner):
             yield
             return
         self._check_adapter_names(names)
-        layers, model = self._layers(), self.model
+        layers, model = self._layers, self.model
         active = [layer._active_adapter for layer in layers]
         before = vars(model).get("forward")
 
@@ -184,7 +181,7 @@ class DtsModel(WrappingTuner):
     def _check_adapter_names(self, names):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if any(layer.merged for layer in self._layers()):
+        if any(layer.merged for layer in self._layers):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` to mix adapters.")
         for name in names:
             if name != BASE and name not in self.peft_config:
@@ -281,6 +278,7 @@ class DtsModel(WrappingTuner):
         for name, ties in parts.tied.items():
             layers[name].tied.update({leaf: (layers[owner], there) for leaf, (owner, there) in ties.items()})
         wrap_everywhere(model, layers.values())
+        self._layers = list(layers.values())
 
     def _make_layer(self, model, modules, name):
         if not name:
