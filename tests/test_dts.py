@@ -426,3 +426,44 @@ def test_references_in_saved_configs(bert):
         assert DtsConfig(expert=expert).to_dict()["expert"] == saved
     assert DtsConfig(expert={"id": bert[0]}).to_dict()["expert"] is None
     assert DtsConfig(expert={"id": "me/x", "revision": "y"}).to_dict()["expert"] == {"id": "me/x", "revision": "y"}
+
+
+def test_all_linear(bert, tmp_path):
+    config = DtsConfig(expert=bert[1]["b"], target_modules="all-linear", **SMALL)
+    model = get_peft_model(load(bert[0]), config).eval()
+    model.save_pretrained(tmp_path)
+    keys = [key for key in load_file(tmp_path / "adapter_model.safetensors") if "dts_codes" in key]
+    assert len(keys) == 2 * (6 * 2 + 1) and not any("LayerNorm" in key or "embeddings" in key for key in keys)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(bert[0]), tmp_path).eval()), logits(model))
+
+
+def test_labels_can_be_given(bert):
+    labels = {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1}}
+    model = peft_tint.compress(load(bert[0]), load(bert[1]["a"]).state_dict(), labels=labels, **SMALL)
+    assert model.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(bert, tmp_path, dtype):
+    """The head and the codes are exact; what is decoded has the base's type."""
+    expected = logits(peft_tint.compress(load(bert[0]), load(bert[1]["b"]), **SMALL).eval())
+    model = peft_tint.compress(load(bert[0]).to(dtype), load(bert[1]["b"]), **SMALL).eval()
+    result = logits(model)
+    assert result.dtype == dtype and not any(
+        b.dtype == torch.float32 for n, b in model.named_buffers() if "decoded" in n
+    )
+    torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+    model.save_pretrained(tmp_path)
+    head = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.classifier.dts_head.weight"]
+    assert torch.equal(head, load(bert[1]["b"]).classifier.weight)
+    again = PeftModel.from_pretrained(load(bert[0]).to(dtype), tmp_path).eval()
+    assert torch.equal(logits(again), result)
+
+
+def test_several_active_adapters_add_up(two):
+    model, _ = two
+    model.base_model.set_adapter(["score", "b"])
+    result = logits(model)
+    model.merge_adapter()
+    close(logits(model), result)
+    assert result.shape[-1] == 5  # the head of the last

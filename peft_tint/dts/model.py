@@ -22,6 +22,7 @@ from ..tint._plan import (
     is_target,
     labels_of,
     merged_parameters,
+    resolve_all_linear,
     set_labels,
 )
 from ..tint._structure import (
@@ -83,6 +84,7 @@ class Deltas(Mapping):
 
 def find_parts(config: DtsConfig, model: nn.Module, modules: dict[str, nn.Module]) -> Parts:
     in_head = find_head(model, modules)
+    resolve_all_linear(config, model, modules, in_head)
     targets, tied = merged_parameters(config, modules, in_head)
     chosen = {field: getattr(config, field) for field in ("target_modules", "exclude_modules")}
     if not targets and any(value is not None for value in chosen.values()):

@@ -101,10 +101,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
         with _skip_init_on_device():
             config.tint_layer = choose_tint_layer(model, modules, sources)
     trainable = _per_task_modules(config, model, modules)
-    if config.target_modules == "all-linear":
-        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
-        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-        config.target_modules = {n for n in linears if not is_under(n, trainable) and modules[n] is not vocabulary}
+    resolve_all_linear(config, model, modules, trainable)
     targets, tied = merged_parameters(config, modules, trainable)
     chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     chosen = {field: value for field in chosen if (value := getattr(config, field)) is not None}
@@ -250,6 +247,14 @@ def _per_task_modules(config, model, modules):
                 f"`tint_layer` {name!r} is a {type(modules[name]).__name__}, which has no forward; {remedy}."
             )
     return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
+
+
+def resolve_all_linear(config, model, modules, per_task):
+    """Writes out what `target_modules="all-linear"` stands for."""
+    if config.target_modules == "all-linear":
+        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
+        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        config.target_modules = {n for n in linears if not is_under(n, per_task) and modules[n] is not vocabulary}
 
 
 def merged_parameters(config, modules, per_task):
