@@ -1,25 +1,22 @@
 """python benchmarks/dts_codecs.py --model MODEL --data FOLDER [--output benchmarks/results/dts_codecs.json]
 
 The codecs of DTS by bytes a task: relative error of the decoded task vector, and accuracy of the base with it under the
-expert's own head, on the experts and the evaluation half of `vision_tint.py` (same arguments). Bytes are those of the
-safetensors file over those of the base in float32, heads apart. Also writes the curves as a picture beside the JSON.
+expert's own head, on the experts and the evaluation half of `vision_tint.py` (same arguments). Agreement is with the
+expert's predictions, which is what a codec can be blamed for. Bytes are those of the safetensors file over those of the
+base in float32, heads apart. Also writes the curves as a picture beside the JSON.
 """
 
 import argparse
-import json
 import os
-import platform
 import tempfile
 import time
 
 import torch
-import transformers
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
-from vision_tint import collate, finetune, load_base, load_task
+from vision_tint import add_suite_arguments, collate, prepare, save_result
 
-import peft_tint
 from peft_tint.dts import decode, encode
 from peft_tint.task_vectors import compute_task_vector
 
@@ -27,39 +24,26 @@ from peft_tint.task_vectors import compute_task_vector
 SETTINGS = {
     "paper": [{"codec": "paper", "rank_ratio": ratio} for ratio in (0.045, 0.09, 0.195, 0.3)],
     "semidiscrete": [{"budget": budget} for budget in (0.006, 0.01, 0.02, 0.03)],
-    "semidiscrete, one rank ratio": [{"rank_ratio": ratio} for ratio in (0.052, 0.096, 0.2, 0.31)],
     "bitdelta": [{"codec": "bitdelta"}],
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tasks", nargs="+", default=["mnist", "fashion", "cifar10", "street"])
-    parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
-    parser.add_argument("--image_size", type=int, default=56)
-    parser.add_argument("--finetune_steps", type=int, default=320)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--experts", default="experts_vision", help="folder for the base and the experts")
+    add_suite_arguments(parser)
     parser.add_argument("--output", default="benchmarks/results/dts_codecs.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    splits = {task: load_task(args, task) for task in args.tasks}
-    base_folder = os.path.join(args.experts, "base")
-    if not os.path.isdir(base_folder):
-        load_base(args.model, args.layers).save_pretrained(base_folder)
-    folders = {task: finetune(args, base_folder, task, splits[task]) for task in args.tasks}
+    splits, base_folder, folders = prepare(args)
     load = AutoModelForImageClassification.from_pretrained
     base, experts = load(base_folder).eval(), {task: load(folder).eval() for task, folder in folders.items()}
     batches = {task: collate([split["eval"][i] for i in range(len(split["eval"]))]) for task, split in splits.items()}
     deltas = {task: task_vector(expert, base) for task, expert in experts.items()}
 
-    accuracy = {task: score(expert, batches[task]) for task, expert in experts.items()}
-    nothing = {task: score(apply(expert, deltas[task], {}), batches[task]) for task, expert in experts.items()}
-    rows = [{"codec": "experts", **summary(accuracy)}, {"codec": "base", **summary(nothing)}]
+    for task, expert in experts.items():
+        batches[task]["expert"] = predict(expert, batches[task])
+    rows = [{"codec": "experts", **score(experts, batches)}]
+    bases = {task: apply(expert, deltas[task], {}) for task, expert in experts.items()}
+    rows.append({"codec": "base", **score(bases, batches)})
     for name, settings in SETTINGS.items():
         for setting in settings:
             rows.append({"codec": name, "settings": setting, **measure(setting, experts, deltas, batches)})
@@ -74,7 +58,7 @@ def task_vector(expert, base):
 
 
 def measure(setting, experts, deltas, batches):
-    accuracy, errors, sizes, seconds = {}, [], [], 0.0
+    models, errors, sizes, seconds = {}, [], [], 0.0
     for task, delta in deltas.items():
         started = time.process_time()
         packed = encode(delta, **setting)
@@ -87,10 +71,10 @@ def measure(setting, experts, deltas, batches):
         decoded = {name: x if isinstance(x, torch.Tensor) else x.dense() for name, x in decoded.items()}
         left = sum(float((tensor - decoded.get(name, 0)).square().sum()) for name, tensor in delta.items())
         errors.append((left / sum(float(tensor.square().sum()) for tensor in delta.values())) ** 0.5)
-        accuracy[task] = score(apply(experts[task], delta, decoded), batches[task])
+        models[task] = apply(experts[task], delta, decoded)
     tasks = len(deltas)
     numbers = {"bytes": sum(sizes) / tasks, "relative_error": sum(errors) / tasks, "encode_cpu_s": seconds / tasks}
-    return {**numbers, **summary(accuracy)}
+    return {**numbers, **score(models, batches)}
 
 
 def apply(expert, delta, decoded):
@@ -103,43 +87,39 @@ def apply(expert, delta, decoded):
 
 
 @torch.no_grad()
-def score(model, batch):
-    predictions = [model(pixel_values=chunk).logits.argmax(-1) for chunk in batch["pixel_values"].split(64)]
-    return (torch.cat(predictions) == batch["labels"]).float().mean().item()
+def predict(model, batch):
+    return torch.cat([model(pixel_values=chunk).logits.argmax(-1) for chunk in batch["pixel_values"].split(64)])
 
 
-def summary(accuracy):
-    return {"accuracy": {**accuracy, "mean": sum(accuracy.values()) / len(accuracy)}}
+def score(models, batches):
+    row = {"accuracy": {}, "agreement": {}}
+    for task, batch in batches.items():
+        predictions = predict(models[task], batch)
+        for kind, target in (("accuracy", "labels"), ("agreement", "expert")):
+            row[kind][task] = (predictions == batch[target]).float().mean().item()
+    for values in row.values():
+        values["mean"] = sum(values.values()) / len(batches)
+    return row
 
 
 def report(args, rows):
-    result = {
-        "config": {
-            key: value for key, value in vars(args).items() if key not in ("output", "experts", "model", "data")
-        },
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)},
-        "machine": f"{platform.machine()}, {args.threads} thread",
-        "results": rows,
-    }
-    with open(args.output, "w") as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
+    save_result(args, rows)
     plot(rows, os.path.splitext(args.output)[0] + ".png")
-    print("| codec | bytes | relative error | " + " | ".join((*args.tasks, "mean")) + " | CPU s |")
-    print("|---" * (len(args.tasks) + 5) + "|")
+    print("| codec | bytes | relative error | " + " | ".join((*args.tasks, "mean")) + " | agreement | CPU s |")
+    print("|---" * (len(args.tasks) + 6) + "|")
     for row in rows:
-        accuracies = " | ".join(f"{value:.3f}" for value in row["accuracy"].values())
+        scores = " | ".join(f"{value:.3f}" for value in (*row["accuracy"].values(), row["agreement"]["mean"]))
         if "bytes" in row:
-            numbers = f"{row['bytes']:.2%} | {row['relative_error']:.3f} | {accuracies} | {row['encode_cpu_s']:.1f}"
+            numbers = f"{row['bytes']:.2%} | {row['relative_error']:.3f} | {scores} | {row['encode_cpu_s']:.1f}"
         else:
-            numbers = f"- | - | {accuracies} | -"
+            numbers = f"- | - | {scores} | -"
         print(f"| {row['codec']} | {numbers} |")
 
 
 def plot(rows, path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colors = dict(zip(SETTINGS, ("tab:gray", "tab:blue", "tab:cyan", "tab:orange"), strict=True))
+    colors = dict(zip(SETTINGS, ("tab:gray", "tab:blue", "tab:orange"), strict=True))
     for name, color in colors.items():
         points = [row for row in rows if row["codec"] == name]
         sizes = [100 * row["bytes"] for row in points]

@@ -2,7 +2,7 @@
 
 CPU seconds and memory of compressing one ViT-B expert (87M parameters), against the same with the full singular value
 decomposition (`full_matrices=False`) of each matrix. The task vector is random: a decaying spectrum of rank 100, and as
-much energy in noise. Memory is the peak of the process with the task vector, which is one model, over the model's bytes.
+much energy in noise. Memory is the peak of the process, with the task vector (one model), over the model's bytes.
 """
 
 import argparse

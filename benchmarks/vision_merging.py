@@ -5,18 +5,13 @@ accuracy of the merged encoder under each expert's own head, and the CPU time of
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 import warnings
 
 import torch
-import transformers
 from transformers import AutoModelForImageClassification
-from vision_tint import collate, finetune, load_base, load_task
+from vision_tint import add_suite_arguments, collate, prepare, save_result
 
-import peft_tint
 from peft_tint import MERGING_METHODS, merge
 
 # The papers' usual scale of a sum of task vectors is 0.3; what is an average or has a scale of its own takes 1.
@@ -33,25 +28,11 @@ SETTINGS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tasks", nargs="+", default=["mnist", "fashion", "cifar10", "street"])
-    parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
-    parser.add_argument("--image_size", type=int, default=56)
-    parser.add_argument("--finetune_steps", type=int, default=320)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    add_suite_arguments(parser)
     parser.add_argument("--methods", nargs="+", default=[name for name in MERGING_METHODS if name != "slerp"])
-    parser.add_argument("--experts", default="experts_vision", help="folder for the base and the experts")
     parser.add_argument("--output", default="benchmarks/results/vision_merging.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    splits = {task: load_task(args, task) for task in args.tasks}
-    base_folder = os.path.join(args.experts, "base")
-    if not os.path.isdir(base_folder):
-        load_base(args.model, args.layers).save_pretrained(base_folder)
-    folders = {task: finetune(args, base_folder, task, splits[task]) for task in args.tasks}
+    splits, base_folder, folders = prepare(args)
     load = AutoModelForImageClassification.from_pretrained
     base, experts = load(base_folder).eval(), {task: load(folder).eval() for task, folder in folders.items()}
     batches = {task: collate([split["eval"][i] for i in range(len(split["eval"]))]) for task, split in splits.items()}
@@ -67,7 +48,11 @@ def main():
         score(args, rows, method, experts, batches)
     for name in ("pretrained", "experts"):
         score(args, rows, name, experts, batches)
-    report(args, rows)
+    save_result(args, rows)
+    print("| method | " + " | ".join((*args.tasks, "mean")) + " | CPU s |")
+    print("|---" * (len(args.tasks) + 3) + "|")
+    for name, row in sorted(rows.items(), key=lambda item: item[1]["accuracy"]["mean"]):
+        print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in row["accuracy"].values()) + f" | {row['cpu_s']:.1f} |")
 
 
 @torch.no_grad()
@@ -82,24 +67,6 @@ def score(args, rows, name, experts, batches):
     accuracy["mean"] = sum(accuracy.values()) / len(accuracy)
     rows[name] = {"accuracy": accuracy, "cpu_s": seconds, "arguments": SETTINGS.get(name, {})}
     print(name, {task: round(value, 3) for task, value in accuracy.items()}, f"{seconds:.1f} s", flush=True)
-
-
-def report(args, rows):
-    result = {
-        "config": {
-            key: value for key, value in vars(args).items() if key not in ("output", "experts", "model", "data")
-        },
-        "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)},
-        "machine": f"{platform.machine()}, {args.threads} thread",
-        "results": rows,
-    }
-    with open(args.output, "w") as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    print("| method | " + " | ".join((*args.tasks, "mean")) + " | CPU s |")
-    print("|---" * (len(args.tasks) + 3) + "|")
-    for name, row in sorted(rows.items(), key=lambda item: item[1]["accuracy"]["mean"]):
-        print(f"| {name} | " + " | ".join(f"{v:.3f}" for v in row["accuracy"].values()) + f" | {row['cpu_s']:.1f} |")
 
 
 if __name__ == "__main__":

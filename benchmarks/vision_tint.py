@@ -32,26 +32,12 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--tasks", nargs="+", default=["mnist", "fashion", "cifar10", "street"])
-    parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
-    parser.add_argument("--image_size", type=int, default=56)
-    parser.add_argument("--finetune_steps", type=int, default=320, help="about 90 s of one core")
+    add_suite_arguments(parser)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--experts", default="experts_vision", help="folder for the base and the experts")
     parser.add_argument("--tint_layers", nargs="+", help="compare only these, each with the head (or 'auto')")
     parser.add_argument("--output", default="benchmarks/results/vision_tint.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    splits = {task: load_task(args, task) for task in args.tasks}
-    base_folder = os.path.join(args.experts, "base")
-    if not os.path.isdir(base_folder):
-        load_base(args.model, args.layers).save_pretrained(base_folder)
-    experts = {task: finetune(args, base_folder, task, splits[task]) for task in args.tasks}
+    splits, base_folder, experts = prepare(args)
     adaptation = {task: split["adapt"].remove_columns("label") for task, split in splits.items()}
     evaluation = {task: split["eval"] for task, split in splits.items()}
 
@@ -90,7 +76,32 @@ def main():
             results[name]["tint_layer"] = model.peft_config["default"].tint_layer
         results["experts"] = {"accuracy": {task: scores[task]["expert_accuracy"] for task in (*args.tasks, "mean")}}
         print(name, {task: round(value, 3) for task, value in results[name]["accuracy"].items()}, seconds, flush=True)
-    report(args, results)
+    save_result(args, results)
+    print(f"\n| method | {' | '.join(args.tasks)} | mean |\n|---|{'---|' * (len(args.tasks) + 1)}")
+    for name, row in results.items():
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in row['accuracy'].values())} |")
+
+
+def add_suite_arguments(parser):
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--tasks", nargs="+", default=["mnist", "fashion", "cifar10", "street"])
+    parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
+    parser.add_argument("--image_size", type=int, default=56)
+    parser.add_argument("--finetune_steps", type=int, default=320, help="about 90 s of one core")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--experts", default="experts_vision", help="folder for the base and the experts")
+
+
+def prepare(args):
+    """The tasks' splits, and the folders of the base and of the experts, which are made if they are not there."""
+    torch.set_num_threads(args.threads)
+    splits = {task: load_task(args, task) for task in args.tasks}
+    base_folder = os.path.join(args.experts, "base")
+    if not os.path.isdir(base_folder):
+        load_base(args.model, args.layers).save_pretrained(base_folder)
+    return splits, base_folder, {task: finetune(args, base_folder, task, splits[task]) for task in args.tasks}
 
 
 def load_task(args, task):
@@ -172,22 +183,19 @@ def probe(model, data):
     model.classifier.bias.copy_(torch.from_numpy(fit.intercept_))
 
 
-def report(args, results):
+def save_result(args, results):
     libraries = (torch, transformers, peft, accelerate, datasets, peft_tint)
     config = {key: value for key, value in vars(args).items() if key not in ("model", "data", "experts", "output")}
     config["model"] = os.path.basename(args.model.rstrip("/"))
     result = {
         "config": config,
         "versions": {library.__name__: library.__version__ for library in libraries},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s), bf16 autocast",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
         "results": results,
     }
     with open(args.output, "w") as file:
         json.dump(result, file, indent=1)
         file.write("\n")
-    print(f"\n| method | {' | '.join(args.tasks)} | mean |\n|---|{'---|' * (len(args.tasks) + 1)}")
-    for name, row in results.items():
-        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in row['accuracy'].values())} |")
 
 
 if __name__ == "__main__":

@@ -391,3 +391,19 @@ def test_not_packed(deltas):
     for other in (packed.float(), packed[None], packed.to(torch.int8)):
         with pytest.raises(ValueError, match="'x' cannot be decoded: it is torch"):
             decode({"x": other})
+
+
+def test_computed_when_asked(deltas):
+    """The task vector of a model may be a mapping that subtracts one tensor at a time."""
+
+    class Differences(dict):
+        taken = 0
+
+        def __getitem__(self, name):
+            self.taken += 1
+            return super().__getitem__(name).clone()
+
+    differences = Differences(deltas)
+    packed = encode(differences, budget=0.05)
+    assert differences.taken <= 2 * len(deltas)
+    assert all(torch.equal(value, packed[name]) for name, value in encode(deltas, budget=0.05).items())
