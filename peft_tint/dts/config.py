@@ -31,8 +31,8 @@ class DtsConfig(PeftConfig):
         codec (`str`):
             `"semidiscrete"` (default, ours), `"paper"` or `"bitdelta"`.
         budget (`float`):
-            The adapter's size without the head, as a fraction of the base's bytes in float32. Ranks are then chosen by
-            tensor. Only of the codec `"semidiscrete"`.
+            The adapter's size without the head, as a fraction of the base's bytes in float32. Only of the codec
+            `"semidiscrete"`.
         rank_ratio (`float`, *optional*):
             Instead of a budget: every matrix of m x n has the rank max(1, int(rank_ratio * min(m, n))).
         target_modules (`list[str] | str`, *optional*):

@@ -36,7 +36,7 @@ from ..tint._structure import (
     plain_modules,
 )
 from ..tint.tint_layer import take_rows
-from .codec import disk_bytes, encode
+from .codec import encode
 from .config import DtsConfig
 from .layer import DtsLayer, RootDtsLayer
 
@@ -209,29 +209,34 @@ class DtsModel(WrappingTuner):
                 "`peft_tint.compress(base, expert)`."
             )
         with _skip_init_on_device():
-            self._contents = self._compress(config, model, tensors, buffers, source if config.init_weights else None)
+            if config.init_weights:
+                of_expert = self._load(config, model, tensors, buffers, source)
+            else:
+                changes = {id(t): torch.randn(t.shape, device=t.device) for t in tensors.values()}
+                of_expert = {id(t): (t + 0.1 * changes[id(t)]).to(t.dtype) for t in tensors.values()}
+            self._contents = self._compress(config, tensors, buffers, of_expert)
 
-    def _compress(self, config, model, tensors, buffers, source):
-        """{(kind, module, parameter): tensor} of what is to be saved of an expert; of a random one for None."""
+    def _load(self, config, model, tensors, buffers, source):
+        """The expert's tensors, checked, by the id of the base's. Notes the labels in the config."""
         in_head = {join(name, leaf) for name, own in self._parts.head.items() for leaf in own}
-        if source is None:
-            of_expert = {id(t): t + 0.1 * torch.randn_like(t) if t.is_floating_point() else t for t in tensors.values()}
-        else:
-            vocabulary = find_vocabulary(model, tensors)
-            expert = match_vocabulary(load_expert("expert", source, model), tensors, vocabulary, common=False)
-            check_expert(expert, tensors, in_head, buffers - in_head, getattr(model, "config", None))
-            of_expert = expert.by_tensor(tensors)
-            for name, factors in expert.low_rank.items():
-                tensor = of_expert[id(tensors[name])]
-                of_expert[id(tensors[name])] = tensor + factors.dense().view(tensor.shape).to(tensor)
-            if config.labels is None:
-                modules = dict(plain_modules(model))
-                heads = [
-                    expert_module(expert, name, modules[name], tensors, of_expert) for name in find_head(model, modules)
-                ]
-                config.labels = expert_labels(expert, model, heads)
+        vocabulary = find_vocabulary(model, tensors)
+        expert = match_vocabulary(load_expert("expert", source, model), tensors, vocabulary, common=False)
+        check_expert(expert, tensors, in_head, buffers - in_head, getattr(model, "config", None))
+        of_expert = expert.by_tensor(tensors)
+        for name, factors in expert.low_rank.items():
+            tensor = of_expert[id(tensors[name])]
+            of_expert[id(tensors[name])] = tensor + factors.dense().view(tensor.shape).to(tensor)
+        if config.labels is None:
+            modules = dict(plain_modules(model))
+            names = find_head(model, modules)
+            heads = [expert_module(expert, name, modules[name], tensors, of_expert) for name in names]
+            config.labels = expert_labels(expert, model, heads)
+        return of_expert
+
+    def _compress(self, config, tensors, buffers, of_expert):
+        """{(kind, module, parameter): tensor} of what is to be saved of an expert."""
         places = {
-            f"base_model.model.{join(name, f'dts_codes.{leaf}')}": (name, leaf)
+            f"base_model.model.{join(name, f'dts_codes.{leaf}')}": (name, leaf)  # its bytes count as well
             for name, own in self._parts.changed.items()
             for leaf in own
         }
@@ -242,9 +247,8 @@ class DtsModel(WrappingTuner):
             size["base_bytes"] = 4 * sum(parameters.values())
         packed = encode(Deltas(tensors, of_expert, names), config.codec, **size)
         config.unchanged = [name for saved, name in names.items() if saved not in packed]
-        if not packed and places:
+        if not packed:
             warnings.warn("The expert has the base model's weights, so the adapter adds nothing to them.", stacklevel=2)
-        self.adapter_bytes = disk_bytes(packed)
         contents = {("dts_codes", *places[saved]): tensor for saved, tensor in packed.items()}
         for name, own in self._parts.head.items():
             for leaf in own:
