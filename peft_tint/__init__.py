@@ -1,6 +1,7 @@
-"""Merges fine-tuned models by PEFT. Importing this package registers the method TINT with PEFT."""
+"""Merges fine-tuned models by PEFT. Importing this package registers the methods TINT and DTS with PEFT."""
 
 from ._register import register
+from .dts import DtsConfig, DtsModel, compress
 from .evaluation import NormalizedAccuracy
 from .merging import MERGING_METHODS, merge_task_vectors
 from .merging._checkpoints import merge_checkpoints
@@ -11,12 +12,15 @@ from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_ada
 from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
 register("TINT", TintConfig, TintModel)
+register("DTS", DtsConfig, DtsModel)
 
 __version__ = "0.1.0"
 __all__ = [
     "MERGING_METHODS",
     "OBJECTIVES",
     "Coefficients",
+    "DtsConfig",
+    "DtsModel",
     "ExpertsReport",
     "NormalizedAccuracy",
     "TintConfig",
@@ -24,6 +28,7 @@ __all__ = [
     "TintTrainer",
     "TintTrainingArguments",
     "check_experts",
+    "compress",
     "extract_lora",
     "from_experts",
     "hotswap_adapter",

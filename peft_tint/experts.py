@@ -335,8 +335,15 @@ def set_tensor(module, name, tensor):
     """Puts another parameter or buffer, maybe of another size, in the place of one."""
     parameter = isinstance(getattr(module, name), nn.Parameter)
     setattr(module, name, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if parameter else tensor)
+    fit_features(module)
+
+
+def fit_features(module):
+    """Has a layer say the sizes of the weight that it now has."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = len(module.weight)
 
 
 def check_expert(

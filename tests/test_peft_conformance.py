@@ -1,4 +1,4 @@
-"""PEFT's own tests, re-parametrised over TintConfig. A user must not be able to tell that TINT is not in PEFT's tree.
+"""PEFT's own tests, over TintConfig and DtsConfig. A user must not be able to tell that they are not in PEFT's tree.
 
 The tests come from the source distribution of the installed PEFT, which pip downloads once into the user's cache.
 Every `parametrize` of theirs over PEFT's methods is replaced by ours; tests of one method by name fall out. The models
@@ -8,6 +8,7 @@ are tiny ones built from configs, so no Hub is needed.
 import copy
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -22,7 +23,7 @@ from filelock import FileLock
 from models import SMALL, T5
 from safetensors.torch import save_file
 
-from peft_tint import TintConfig
+from peft_tint import DtsConfig, TintConfig
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "tests"
 PACKAGE = "peft_upstream_tests"
@@ -110,6 +111,7 @@ def make_tiny(name):
 torch.manual_seed(0)
 TOYS = ("MLP", "Conv1d", "Conv2d", "Conv2dGroups", "Conv3d", "EmbConv1D", "MLP_LayerNorm", "MHA")
 TOY_EXPERTS = {toy: experts_of(custom.MockTransformerWrapper.from_pretrained(toy), toy) for toy in TOYS}
+TOY_BASES = {toy: save(custom.MockTransformerWrapper.from_pretrained(toy), FOLDER / f"{toy}-base") for toy in TOYS}
 ONE_EXPERT = {"one": TOY_EXPERTS["MLP"]["one"]}
 DEEP_EXPERTS = experts_of(custom.DeepMLP(size=256), "DeepMLP")
 IDENTITY = {"coefficient_init": 0.0}  # as every method of PEFT starts; `init_weights=False` in a test undoes it
@@ -118,6 +120,18 @@ IDENTITY = {"coefficient_init": 0.0}  # as every method of PEFT starts; `init_we
 def toy(model, label="", **config):
     settings = {"experts": TOY_EXPERTS[model], "tint_layer": [], **IDENTITY, **config}
     return pytest.param(f"{model} {label}", model, TintConfig, settings, id=f"{model} {label}")
+
+
+def dts_toy(model, **config):
+    """With the base as the expert it changes nothing, as every method of PEFT starts."""
+    settings = {"expert": TOY_BASES[model], "rank_ratio": 0.2, **config}
+    return pytest.param(f"{model} DTS", model, DtsConfig, settings, id=f"{model} DTS")
+
+
+def dts_tiny(name, task_type, **config):
+    folder = str(FOLDER / name)
+    settings = {"expert": folder, "rank_ratio": 0.2, "task_type": task_type, **config}
+    return pytest.param(folder, DtsConfig, settings, id=f"{name} DTS")
 
 
 def tiny(name, task_type, **config):
@@ -147,6 +161,15 @@ CUSTOM = [
     toy("MLP_LayerNorm", target_modules=["layernorm0"]),
     toy("MLP_LayerNorm", "all"),
     toy("MHA", target_modules=["mha"]),
+    dts_toy("MLP", target_modules=["lin0"]),
+    dts_toy("MLP"),
+    dts_toy("Conv1d", target_modules=["conv1d"]),
+    dts_toy("Conv2d", target_modules=["conv2d", "lin0"]),
+    dts_toy("Conv2dGroups", target_modules=["conv2d"]),
+    dts_toy("Conv3d", target_modules=["conv3d"]),
+    dts_toy("EmbConv1D", target_modules=["conv1d", "emb"]),
+    dts_toy("MLP_LayerNorm", target_modules=["layernorm0"]),
+    dts_toy("MHA", target_modules=["mha"]),
 ]
 SAME = {"experts": TOY_EXPERTS["MLP"], "tint_layer": [], "target_modules": ["lin0"], "init_weights": False}
 TWO_ACTIVE = [
@@ -158,18 +181,23 @@ MODELS = {
     ("test_decoder_models", "TestDecoderModels"): [
         tiny("opt", "CAUSAL_LM", tint_layer=[], target_modules=["q_proj", "v_proj", "fc1", "final_layer_norm"]),
         tiny("llama", "CAUSAL_LM", tint_layer=[], exclude_modules=["embed_tokens"]),
+        dts_tiny("llama", "CAUSAL_LM"),
     ],
     ("test_feature_extraction_models", "TestPeftFeatureExtractionModel"): [
         tiny("bert", "FEATURE_EXTRACTION", tint_layer=[], exclude_modules=".*(embeddings|pooler).*"),
+        dts_tiny("bert", "FEATURE_EXTRACTION"),
     ],
     ("test_seq_classifier", "TestSequenceClassificationModels"): [
         tiny("bert_classifier", "SEQ_CLS", exclude_modules=".*embeddings.*"),
+        dts_tiny("bert_classifier", "SEQ_CLS"),
     ],
     ("test_encoder_decoder_models", "TestEncoderDecoderModels"): [
         tiny("t5", "SEQ_2_SEQ_LM", tint_layer=[], exclude_modules=["shared", "embed_tokens", "lm_head"]),
+        dts_tiny("t5", "SEQ_2_SEQ_LM"),
     ],
     ("test_token_classification_qa", "TestTokenClassificationModels"): [
         tiny("bert_tokens", "TOKEN_CLS", exclude_modules=".*embeddings.*"),
+        dts_tiny("bert_tokens", "TOKEN_CLS"),
     ],
 }
 
@@ -185,6 +213,14 @@ DROPPED = {
     "test_loading_model_requires_grad_load_adapter_then_add_adapter",
     "test_save_pretrained_with_runtime_config",
 }
+
+# These train the adapter, or look for its parameters (one: for `layers_to_transform`). DTS adapters have none: codes
+# are buffers, and what they compute is what `test_dts.py` looks into.
+OF_PARAMETERS = re.compile(
+    r"test_(training.*|adapter_name|add_adapter_no_autocast_adapter_dtype|disable_adapters|inference_safetensors|"
+    r"disable_adapters_with_merging|load_model_low_cpu_mem_usage|modules_to_save_correctly_set|only_params_are_updated|"
+    r"parameters_after_loading_model|config_layers_to_transform_index_zero)"
+)
 
 
 def names_of(mark):
@@ -215,6 +251,8 @@ def rebind(cls, values):
                 kept = [mark for mark in marks if mark.name != "parametrize" or names_of(mark) not in parts]
                 if name == "test_active_adapter":  # two at once, which PEFT refuses of `modules_to_save` too
                     parameters = [parameter for parameter in parameters if "tinted" not in parameter.id]
+                if OF_PARAMETERS.fullmatch(name):
+                    parameters = [parameter for parameter in parameters if DtsConfig not in parameter.values]
                 # a mark's names are in the order of the parameters' values
                 order = next(names for names in ORDERS if frozenset(names) == arguments)
                 ours.pytestmark = [pytest.mark.parametrize(order, parameters).mark, *kept]
@@ -245,4 +283,5 @@ for (module, cls), parameters in MODELS.items():
 config_tests = upstream("test_config")
 TintConfig().save_pretrained(FOLDER / "config")
 config_tests.PEFT_MODELS_TO_TEST = [(str(FOLDER / "config"), None)]
-TestConfig = rebind(config_tests.TestPeftConfig, {ON_CONFIG: [pytest.param(TintConfig, {}, id="TintConfig")]})
+CONFIGS = [pytest.param(cls, {}, id=cls.__name__) for cls in (TintConfig, DtsConfig)]
+TestConfig = rebind(config_tests.TestPeftConfig, {ON_CONFIG: CONFIGS})

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .._wrapped_layer import UNITS
 from ..experts import check_expert, load_expert, match_vocabulary, set_tensor, without_adapters
 from ..merging import transform_task_vectors
 from ..task_vectors import LowRank, TaskVectors, compute_task_vector
@@ -37,7 +38,6 @@ from ._structure import (
     unit_name,
 )
 from .config import TintConfig
-from .merged_layer import UNITS
 
 # Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
 LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
@@ -101,11 +101,8 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
         with _skip_init_on_device():
             config.tint_layer = choose_tint_layer(model, modules, sources)
     trainable = _per_task_modules(config, model, modules)
-    if config.target_modules == "all-linear":
-        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
-        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-        config.target_modules = {n for n in linears if not is_under(n, trainable) and modules[n] is not vocabulary}
-    targets, tied = _merged_parameters(config, modules, trainable)
+    resolve_all_linear(config, model, modules, trainable)
+    targets, tied = merged_parameters(config, modules, trainable)
     chosen = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     chosen = {field: value for field in chosen if (value := getattr(config, field)) is not None}
     if chosen and not targets:
@@ -252,7 +249,15 @@ def _per_task_modules(config, model, modules):
     return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
 
 
-def _merged_parameters(config, modules, per_task):
+def resolve_all_linear(config, model, modules, per_task):
+    """Writes out what `target_modules="all-linear"` stands for."""
+    if config.target_modules == "all-linear":
+        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
+        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        config.target_modules = {n for n in linears if not is_under(n, per_task) and modules[n] is not vocabulary}
+
+
+def merged_parameters(config, modules, per_task):
     """The parameters to merge by module, and of those the tied ones, whose value another module's entry decides."""
     units = [name for name, module in modules.items() if isinstance(module, UNITS)]
     candidates = {
@@ -281,7 +286,7 @@ def is_target(config: TintConfig, name: str):
     config = copy.copy(config)
     config.target_modules = ".*"
     found = check_target_module_exists(config, name)
-    if found and config.layers_to_transform is not None:
+    if found and getattr(config, "layers_to_transform", None) is not None:
         # PEFT counts blocks only where a list of endings matches; a block is to match itself too
         config.target_modules, config.exclude_modules = {"any"}, None
         return check_target_module_exists(config, f"{name}.any")

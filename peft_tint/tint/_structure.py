@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from .merged_layer import UNITS, MergedLayer, RootMergedLayer
+from .._wrapped_layer import UNITS, RootLayer, WrappedLayer
 
 # These are not called but read by index or looped over, so what they hold belongs to the module around them. So do the
 # originals of a parametrized module (weight norm), which are in a ModuleList in a ModuleDict.
@@ -22,11 +22,11 @@ HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
 
 def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of all modules with the names they had before any adapter was added, each name once."""
-    while isinstance(module, MergedLayer | AuxiliaryTrainingWrapper):
-        module = module.base_layer if isinstance(module, MergedLayer) else module.original_module
+    while isinstance(module, WrappedLayer | AuxiliaryTrainingWrapper):
+        module = module.base_layer if isinstance(module, WrappedLayer) else module.original_module
     yield name, module
     for child_name, child in module._modules.items():
-        if child is not None and not isinstance(child, RootMergedLayer):
+        if child is not None and not isinstance(child, RootLayer):
             yield from plain_modules(child, join(name, child_name))
 
 

@@ -1,54 +1,28 @@
 """A module whose weights are merged by coefficients on each forward."""
 
-import warnings
-from contextlib import contextmanager
-from functools import partial
-from operator import attrgetter
-
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrize import is_parametrized
-from transformers.pytorch_utils import Conv1D
 
-# These read the weights of their children without calling them, so they are wrapped as one unit.
-UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+from .._wrapped_layer import RootLayer, WrappedLayer
 
 
-class MergedLayer(nn.Module, BaseTunerLayer):
-    """Wraps a module; its own parameters become W0 + sum_k lambda_k tau_k while its forward runs.
+class MergedLayer(WrappedLayer):
+    """Merges its module's own parameters by trainable coefficients.
 
     Per adapter it holds the coefficients, of shape (units, tasks) with one row a parameter or one row for all, and the
     task vectors, {parameter name: TaskVectors}, which are not saved.
-
-    The merged tensors are put into the wrapped module's `__dict__` for the call, where they hide the parameters of
-    the same name. This serves every kind of module alike (position embeddings and cls tokens too) and leaves names,
-    hooks, pickling and gradient checkpointing as they are. LoRA experts add to the output instead, where the module is
-    one that allows it: that takes no gradient of the size of a weight.
     """
 
     adapter_layer_names = ("tint_coefficients",)
     other_param_names = ("tint_task_vectors", "units", "shares_with")
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer, active_adapters)
         self.tint_coefficients = nn.ParameterDict()
         self.tint_task_vectors = nn.ModuleDict()
         self.units = {}  # adapter -> the names of the rows of its coefficients
-        self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
         self.shares_with = {}  # adapter -> the layer whose coefficients are ours too
         self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
-        self.merged_adapters = []
-        self._in_forward = None  # the merged tensors while the forward runs
-        self._unmerged = {}  # the base weights while the adapter is merged into them
-        self._disable_adapters = False
-        self._active_adapter = list(active_adapters)
-        # PEFT expects both on every layer
-        self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "in_channels", None))
-        self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "out_channels", None))
 
     def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
         self.units[adapter_name] = units
@@ -68,21 +42,6 @@ class MergedLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.shares_with and adapter_name in self.tint_coefficients:
             self.tint_coefficients[adapter_name] = self.shares_with[adapter_name].tint_coefficients[adapter_name]
 
-    def merged_tensors(self, adapter_names=None, low_rank=True) -> dict[str, torch.Tensor]:
-        """The merged value of each parameter that the given adapters (default: the active ones) change."""
-        if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
-            return self._in_forward
-        merged = {}
-        for name, coefficients, vectors in self._terms(adapter_names):
-            # not get_parameter(): FSDP puts plain tensors in the parameters' place
-            weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
-            merged[name] = vectors.merge(weight, coefficients, low_rank)
-        for name, (owner, name_there) in self.tied.items():
-            values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
-            if name_there in values:
-                merged[name] = values[name_there]
-        return merged
-
     def _terms(self, adapter_names=None):
         """(parameter name, coefficients of shape (tasks,), TaskVectors) of all that is added to the base."""
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
@@ -95,196 +54,12 @@ class MergedLayer(nn.Module, BaseTunerLayer):
                     row = torch.zeros_like(row).index_fill(0, torch.tensor(self.expert[1], device=row.device), 1.0)
                 yield key.replace("/", "."), row, vectors
 
-    def forward(self, *args, **kwargs):
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(*args, **kwargs)
-        terms = self._terms() if adds_low_rank(self.base_layer) else ()
-        low_rank = [(row, vectors) for name, row, vectors in terms if name == "weight" and vectors.a is not None]
-        self._in_forward = self.merged_tensors(low_rank=not low_rank)
-        try:
-            with _shadowed(self.base_layer, self._in_forward):
-                output = self.base_layer(*args, **kwargs)
-        finally:
-            self._in_forward = None
-        for coefficients, vectors in low_rank:
-            x = args[0] if args else next(iter(kwargs.values()))
-            output = output + low_rank_output(self.base_layer, x, vectors, coefficients).to(output.dtype)
-        return output
+    def _has_terms(self, adapter_name):
+        return adapter_name in self.tint_coefficients
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the merged weights into the base layer; `unmerge` restores the very tensors it had."""
-        adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.tint_coefficients]
-        if not adapter_names:
-            return
-        merged = {}
-        with torch.no_grad():
-            for name, coefficients, vectors in self._terms(adapter_names):
-                weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
-                merged[name] = vectors.bake(weight, coefficients)
-        if safe_merge:
-            for weight in merged.values():
-                if not torch.isfinite(weight).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_names[0]} seems to be broken"
-                    )
-        for name, weight in merged.items():
-            parameter = attrgetter(name)(self.base_layer)
-            self._unmerged.setdefault(name, parameter.data)
-            parameter.data = weight
-        self.merged_adapters.extend(adapter_names)
-
-    def unmerge(self) -> None:
-        if not self.merged:
-            # else it is another adapter's, or all it has is tied and its owner unmerges it
-            if any(adapter in self.tint_coefficients for adapter in self.active_adapters):
-                warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        for name, weight in self._unmerged.items():
-            attrgetter(name)(self.base_layer).data = weight
-        self._unmerged = {}
-        self.merged_adapters = []
-
-    # Some models read a weight where they do not call its module (DeBERTa its relative position embeddings, T5 the
-    # dtype of `wo.weight`): they must see the merged one.
-    @property
-    def weight(self):
-        return self._read("weight")
-
-    @property
-    def bias(self):
-        return self._read("bias")
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # `copy` asks for `__deepcopy__`, which a parametrized module has: it would copy that without this layer
-            if name.startswith(("tint_", "__")) or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-            return self._read(name)
-
-    def _read(self, name):
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        parametrized = is_parametrized(self.base_layer, name)
-        owned = any(name in vectors for vectors in self.tint_task_vectors.values()) or name in self.tied
-        if (owned or parametrized) and not self.disable_adapters and not self.merged:
-            merged = self.merged_tensors()
-            if name in merged:
-                return merged[name]
-            if parametrized:
-                with _shadowed(self.base_layer, merged):
-                    return getattr(self.base_layer, name)
-        return getattr(self.base_layer, name)
-
-    def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        unload_below(self.base_layer, merge, safe_merge, adapter_names)
-        return self.base_layer
-
-    def __repr__(self):
-        return "tint." + super().__repr__()
+    def _changes(self, name):
+        return any(name in vectors for vectors in self.tint_task_vectors.values())
 
 
-def unload_below(module, merge, safe_merge, adapter_names):
-    """Unloads the layers inside of a module that was wrapped itself: PEFT does not look below a wrapper."""
-    for parent in module.modules():
-        for name, child in parent._modules.items():
-            if isinstance(child, MergedLayer | ModulesToSaveWrapper):
-                parent._modules[name] = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-
-
-def adds_low_rank(module: nn.Module) -> bool:
-    """Whether `low_rank_output` knows what the module does. Not a subclass, whose forward may do something else."""
-    if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros"
-    return type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None)
-
-
-def low_rank_output(module, x, vectors, coefficients):
-    """What sum_k lambda_k scale_k b_k a_k of the weight adds to the module's output for the input `x`."""
-    a, b = vectors.a, vectors.b
-    c = vectors.rank_coefficients(coefficients).to(a.dtype)
-    if type(module) is nn.Embedding:
-        return (F.embedding(x, b) * c) @ a
-    x = x.to(a.dtype)
-    if type(module) is nn.Linear:
-        return F.linear(F.linear(x, a) * c, b)
-    if type(module) is Conv1D:  # transformers' one, a linear layer whose weight is transposed
-        return ((x @ b) * c) @ a
-    inner = F.conv2d(x, a, None, module.stride, module.padding, module.dilation)
-    return F.conv2d(inner * c[:, None, None], b[:, :, None, None])
-
-
-class RootMergedLayer(MergedLayer):
-    """The parameters that a model holds itself, such as cls tokens of a plain vision transformer.
-
-    The model cannot be wrapped, so hooks put the merged tensors in place. This layer is a child of the model and does
-    not register it, which would be a cycle."""
-
-    def __init__(self, model: nn.Module, active_adapters: list[str]):
-        super().__init__(model, active_adapters)
-        del self._modules["base_layer"]
-        self.__dict__["base_layer"] = model
-        self._shadow = None
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward, always_call=True),
-        ]
-
-    def _before_forward(self, model, args):
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if not self.disable_adapters and not self.merged:
-            self._in_forward = self.merged_tensors()
-            self._shadow = _shadowed(model, self._in_forward)
-            self._shadow.__enter__()
-
-    def _after_forward(self, model, args, output):
-        if self._shadow is not None:
-            self._shadow.__exit__(None, None, None)
-            self._shadow = self._in_forward = None
-
-    def remove_hooks(self):
-        for hook in self._hooks:
-            hook.remove()
-
-    def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.remove_hooks()
-        return self.base_layer
-
-
-@contextmanager
-def _shadowed(module, tensors):
-    """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
-    replaced = []
-    if module.__dict__.get("gradient_checkpointing"):
-        # transformers has the module run its own forward again in the backward, when this context has been left
-        checkpoint = partial(_checkpoint_shadowed, module, tensors, module._gradient_checkpointing_func)
-        tensors = {**tensors, "_gradient_checkpointing_func": checkpoint}
-    try:
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            attributes = module.get_submodule(owner).__dict__
-            replaced.append((attributes, leaf, attributes.get(leaf)))  # FSDP keeps its own tensor there
-            attributes[leaf] = tensor
-        yield
-    finally:
-        for attributes, leaf, before in replaced:
-            if before is None:
-                del attributes[leaf]
-            else:
-                attributes[leaf] = before
-
-
-def _checkpoint_shadowed(module, tensors, checkpoint, function, *args, **kwargs):
-    def run(*args, **kwargs):
-        with _shadowed(module, tensors):
-            return function(*args, **kwargs)
-
-    return checkpoint(run, *args, **kwargs)
+class RootMergedLayer(RootLayer, MergedLayer):
+    """The parameters that a model holds itself."""

@@ -14,11 +14,12 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .._wrapped_layer import WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
 from ..experts import absolute_reference
 from ._plan import is_target, labels_of, make_plan, set_labels
 from ._structure import find_head, named_tensors, plain_modules, unit_name
@@ -89,7 +90,7 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
     set_peft_model_state_dict(model, weights, adapter_name)
 
 
-class TintModel(BaseTuner):
+class TintModel(WrappingTuner):
     """Multi-task merging of experts with trainable coefficients and one trainable layer per task.
 
     Each parameter outside of the tint layer and the head becomes W0 + sum_k lambda_k tau_k, where tau_k = expert_k -
@@ -420,9 +421,6 @@ class TintModel(BaseTuner):
                     vectors = next(iter(layer.tint_task_vectors[adapter_name].values()))
                     coefficients.data = coefficients.data.to(vectors.dtype)
 
-    def _prepare_adapter_config(self, config, model_config):
-        return config  # `target_modules=None` is a rule of ours, not a gap to fill
-
     def _prepare_model(self, config: TintConfig, model: nn.Module) -> None:
         sources = config.__dict__.pop("experts_in_memory", config.experts)
         if not sources:
@@ -438,7 +436,7 @@ class TintModel(BaseTuner):
         _check_adapter_name(adapter_name, config.experts or ())
         if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
-        self._layers = {_plain(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
+        self._layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
         self._shared = {}  # unit -> the layer whose coefficients the unit's other layers share
         # PEFT says `low_cpu_mem_usage` by its argument or by a context in which parameters are made on the meta device
         self._to_be_loaded = low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta
@@ -448,10 +446,10 @@ class TintModel(BaseTuner):
             for name, tied in self._plan.tied.items():
                 ties = {leaf: (self._layers[owner], leaf_there) for leaf, (owner, leaf_there) in tied.items()}
                 self._layers[name].tied.update(ties)
-            _wrap_everywhere(model, self._layers.values())
+            wrap_everywhere(model, self._layers.values())
             for name, layer in model.named_modules():
                 if isinstance(layer, TintLayer):
-                    layer.nested = _plain(name) != name
+                    layer.nested = plain_name(name) != name
             self._task[adapter_name] = next(iter(self._plan.labels))
             self._labels[adapter_name] = self._plan.labels
             self._unmerged[adapter_name] = self._plan.unmerged
@@ -491,7 +489,7 @@ class TintModel(BaseTuner):
         return result if isinstance(result, _ExcludedModule) else False
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None):
-        name = _plain(current_key)
+        name = plain_name(current_key)
         active = adapter_name in self.active_adapters
         if name in self._plan.task_modules:
             modules = self._plan.task_modules[name], self._plan.expert_modules[name], self._plan.trainable[name]
@@ -513,21 +511,6 @@ class TintModel(BaseTuner):
         units, coefficients = self._make_coefficients(config, adapter_name, name, layer)
         coefficients.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         layer.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
-
-    def _replace_module(self, parent, child_name, new_module, child):
-        if new_module is parent:  # unloading the layer of the model's own parameters
-            delattr(parent, child_name)
-            return
-        # a parent that is wrapped itself hands attributes on, but holds its children in the wrapped module
-        setattr(parent.base_layer if isinstance(parent, MergedLayer) else parent, child_name, new_module)
-
-    def _check_merge_allowed(self):
-        # not PEFT's own check, which warns of tied weights: they are merged once here, for all their users
-        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
-            raise ValueError(
-                "The model's weights are sharded over processes (FSDP or tensor parallel), so nothing can be merged "
-                "into them. Save the adapter, load it on an unsharded base, and merge there."
-            )
 
     def _make_coefficients(self, config, adapter_name, module, layer):
         """The units of a layer and their coefficients (units, tasks), which layers of one unit share."""
@@ -555,9 +538,9 @@ class TintModel(BaseTuner):
     def _remove_adapter_name_from_key(cls, key, adapter_name):
         # without the marks of wrappers, for around a layer there may be one of another adapter
         if (copies := f".modules_to_save.{adapter_name}.copies.") in key:
-            return _plain(key.replace(copies, ".copies."))
+            return plain_name(key.replace(copies, ".copies."))
         key = super()._remove_adapter_name_from_key(key, adapter_name)
-        return _plain(key) if "tint_coefficients" in key else key
+        return plain_name(key) if "tint_coefficients" in key else key
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -585,27 +568,10 @@ class TintModel(BaseTuner):
 
 
 def _check_adapter_name(name, tasks):
-    """Names that PyTorch refuses late, or that could not be told from others in a file."""
-    taken = hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("weight", "bias")
-    if taken or not name or "." in name:
-        raise ValueError(f"The adapter name {name!r} is taken in PyTorch's modules; use another.")
+    check_adapter_name(name)
     if name in {f"{task}_task" for task in tasks}:
         raise ValueError(f"The adapter name {name!r} is that of a task's tint layer; use another.")
 
 
 def _is_saved(key, adapter_name):
     return key.endswith(f".tint_coefficients.{adapter_name}") or f".modules_to_save.{adapter_name}.copies." in key
-
-
-def _plain(name: str) -> str:
-    """A module's name as it was before it, or one around it, was wrapped."""
-    return name.replace(".base_layer", "").replace(".original_module", "")
-
-
-def _wrap_everywhere(model, layers):
-    """Puts a wrapper also where the model refers to the wrapped module by a second name, which PEFT does not see."""
-    wrapper_of = {id(layer.base_layer): layer for layer in layers}
-    for module in model.modules():
-        for name, child in module._modules.items():
-            if id(child) in wrapper_of and module is not wrapper_of[id(child)]:
-                module._modules[name] = wrapper_of[id(child)]

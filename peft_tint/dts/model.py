@@ -1,0 +1,371 @@
+"""DTS: fine-tunes of one base model as small adapters, one per task."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils.integrations import _skip_init_on_device
+from torch import nn
+from transformers import Cache
+
+from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
+from ..experts import check_expert, load_expert, match_vocabulary
+from ..task_vectors import compute_task_vector
+from ..tint._plan import (
+    check_unquantised,
+    expert_labels,
+    expert_module,
+    is_target,
+    labels_of,
+    merged_parameters,
+    resolve_all_linear,
+    set_labels,
+)
+from ..tint._structure import (
+    CONTAINERS,
+    find_head,
+    find_vocabulary,
+    is_under,
+    join,
+    named_tensors,
+    own_parameters,
+    plain_modules,
+)
+from ..tint.tint_layer import take_rows
+from .codec import encode
+from .config import DtsConfig
+from .layer import DtsLayer, RootDtsLayer
+
+ROOT = "dts_root"  # the name of the layer for the parameters that the model holds itself
+BASE = "__base__"  # PEFT's name in `adapter_names` for no adapter
+
+
+def compress(base: nn.Module, expert, adapter_name: str = "default", **config) -> PeftModel:
+    """As `get_peft_model(base, DtsConfig(...))`, for an expert held in memory: a module, PeftModel or state dict.
+
+    `config` are the other fields of `DtsConfig`. A PeftModel as `base` gets one more adapter. The expert is only read.
+    """
+    config = DtsConfig(**config)
+    config.expert_in_memory = expert  # no dataclass field, so it is never saved
+    if not isinstance(base, PeftModel):
+        return get_peft_model(base, config, adapter_name)
+    base.add_adapter(adapter_name, config)
+    return base
+
+
+class Parts(NamedTuple):
+    """What adapters have of a model. Keys are module names as they were before any adapter."""
+
+    changed: dict[str, list[str]]  # module -> parameters with codes, tied ones once
+    head: dict[str, list[str]]  # module -> tensors of the head, which are stored whole
+    tied: dict[str, dict[str, tuple[str, str]]]  # module -> parameter -> the (module, parameter) that has its codes
+
+
+class Deltas(Mapping):
+    """A task vector by the names under which it is saved, each tensor computed when it is read."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], of_expert: dict[int, torch.Tensor], names: dict[str, str]):
+        self.tensors, self.of_expert, self.names = tensors, of_expert, names
+
+    def __getitem__(self, saved_name):
+        weight = self.tensors[self.names[saved_name]].detach()
+        return compute_task_vector(self.of_expert[id(self.tensors[self.names[saved_name]])].to(weight.device), weight)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def find_parts(config: DtsConfig, model: nn.Module, modules: dict[str, nn.Module]) -> Parts:
+    in_head = find_head(model, modules)
+    resolve_all_linear(config, model, modules, in_head)
+    targets, tied = merged_parameters(config, modules, in_head)
+    chosen = {field: getattr(config, field) for field in ("target_modules", "exclude_modules")}
+    if not targets and any(value is not None for value in chosen.values()):
+        raise ValueError(
+            f"Target modules {config.target_modules} not found in the base model. "
+            f"Please check the target modules and try again. With {chosen} there is nothing to adapt. Names are those "
+            "of modules with parameters of their own, such as 'query'."
+        )
+    unchanged = set(config.unchanged or ()) if config.is_compressed else set()
+    changed = {
+        name: [leaf for leaf in own if leaf not in tied.get(name, {}) and join(name, leaf) not in unchanged]
+        for name, own in targets.items()
+    }
+    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
+    head = {}
+    for name, module in modules.items():
+        if is_under(name, in_head) and not is_under(name, units, strictly=True) and not isinstance(module, CONTAINERS):
+            buffers = set(dict(module.named_buffers(recurse=False))) - module._non_persistent_buffers_set
+            if names := [*own_parameters(module), *sorted(buffers)]:
+                head[name] = names
+    return Parts(changed, head, tied)
+
+
+class DtsModel(WrappingTuner):
+    """Each adapter makes one task's model of the base: W0 + a compressed task vector, and the task's own head
+    (https://arxiv.org/abs/2512.01461)."""
+
+    prefix = "dts_"
+    tuner_layer_cls = DtsLayer
+
+    # ---- use ---------------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._show_labels(self.active_adapters)
+
+    def delete_adapter(self, adapter_name):
+        super().delete_adapter(adapter_name)
+        self._show_labels(self.active_adapters)
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
+        """A plain model of the active adapter's task, with that task's head and labels."""
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        self._show_labels(adapter_names or self.active_adapters)
+        return model
+
+    def unload(self):
+        """The base model, with its own head and labels."""
+        model = super().unload()
+        self._show_labels([])
+        return model
+
+    def _enable_adapter_layers(self, enabled=True):
+        super()._enable_adapter_layers(enabled)
+        self._show_labels(self.active_adapters if enabled else [])
+
+    def _show_labels(self, adapters):
+        labels = [self.peft_config[adapter].labels for adapter in adapters if adapter in self.peft_config]
+        set_labels(self.model, (labels and labels[-1]) or self._base_labels)
+
+    # ---- mixed batches -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """`model(**inputs, adapter_names=[...])` names the adapter of each row. The model runs once for each adapter,
+        on that adapter's rows."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        layers, model = self._layers, self.model
+        active = [layer._active_adapter for layer in layers]
+        before = vars(model).get("forward")
+
+        def forward(*args, **kwargs):
+            vars(model).pop("forward")
+            if before is not None:
+                model.forward = before
+            try:
+                return _run_by_adapter(model, layers, list(names), args, kwargs)
+            finally:
+                model.forward = forward
+
+        model.forward = forward
+        try:
+            _activate(layers, [])  # or hooks of the outer forward would merge the active adapter
+            yield
+        finally:
+            vars(model).pop("forward")
+            if before is not None:
+                model.forward = before
+            for layer, own in zip(layers, active, strict=True):
+                layer._active_adapter = own
+
+    def _check_adapter_names(self, names):
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if any(layer.merged for layer in self._layers):
+            raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` to mix adapters.")
+        for name in names:
+            if name != BASE and name not in self.peft_config:
+                known = ", ".join(map(repr, self.peft_config))
+                raise ValueError(f"`adapter_names` has {name!r}; the adapters are {known}, and {BASE!r} is the base.")
+
+    # ---- building ----------------------------------------------------------------------------------------------------
+
+    def _pre_injection_hook(self, model, config, adapter_name):
+        self._base_labels = labels_of(getattr(model, "config", None))
+
+    def _prepare_model(self, config: DtsConfig, model: nn.Module) -> None:
+        source = config.__dict__.pop("expert_in_memory", config.expert)
+        modules = dict(plain_modules(model))
+        tensors, buffers = named_tensors(modules)
+        check_unquantised(model, tensors, buffers)
+        self._parts, self._contents = find_parts(config, model, modules), {}
+        if config.is_compressed:
+            return
+        if config.init_weights and source is None:
+            raise ValueError(
+                "`DtsConfig.expert` is empty: give the Hub id or folder of a fine-tune, or one held in memory to "
+                "`peft_tint.compress(base, expert)`."
+            )
+        with _skip_init_on_device():
+            if config.init_weights:
+                of_expert = self._load(config, model, tensors, buffers, source)
+            else:
+                changes = {id(t): torch.randn(t.shape, device=t.device) for t in tensors.values()}
+                of_expert = {id(t): (t + 0.1 * changes[id(t)]).to(t.dtype) for t in tensors.values()}
+            self._contents = self._compress(config, tensors, buffers, of_expert)
+
+    def _load(self, config, model, tensors, buffers, source):
+        """The expert's tensors, checked, by the id of the base's. Notes the labels in the config."""
+        in_head = {join(name, leaf) for name, own in self._parts.head.items() for leaf in own}
+        vocabulary = find_vocabulary(model, tensors)
+        expert = match_vocabulary(load_expert("expert", source, model), tensors, vocabulary, common=False)
+        check_expert(expert, tensors, in_head, buffers - in_head, getattr(model, "config", None))
+        of_expert = expert.by_tensor(tensors)
+        for name, factors in expert.low_rank.items():
+            tensor = of_expert[id(tensors[name])]
+            of_expert[id(tensors[name])] = tensor + factors.dense().view(tensor.shape).to(tensor)
+        if config.labels is None:
+            modules = dict(plain_modules(model))
+            names = find_head(model, modules)
+            heads = [expert_module(expert, name, modules[name], tensors, of_expert) for name in names]
+            config.labels = expert_labels(expert, model, heads)
+        return of_expert
+
+    def _compress(self, config, tensors, buffers, of_expert):
+        """{(kind, module, parameter): tensor} of what is to be saved of an expert."""
+        places = {
+            f"base_model.model.{join(name, f'dts_codes.{leaf}')}": (name, leaf)  # its bytes count as well
+            for name, own in self._parts.changed.items()
+            for leaf in own
+        }
+        names = {saved: join(*place) for saved, place in places.items()}
+        size = config.size
+        if "budget" in size:
+            parameters = {id(t): t.numel() for name, t in tensors.items() if name not in buffers}
+            size["base_bytes"] = 4 * sum(parameters.values())
+        packed = encode(Deltas(tensors, of_expert, names), config.codec, **size)
+        config.unchanged = [name for saved, name in names.items() if saved not in packed]
+        if not packed:
+            warnings.warn("The expert has the base model's weights, so the adapter adds nothing to them.", stacklevel=2)
+        contents = {("dts_codes", *places[saved]): tensor for saved, tensor in packed.items()}
+        for name, own in self._parts.head.items():
+            for leaf in own:
+                contents["dts_head", name, leaf] = of_expert[id(tensors[join(name, leaf)])]
+        return contents
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        check_adapter_name(adapter_name)
+        if any(layer.merged for layer in model.modules() if isinstance(layer, DtsLayer)):
+            raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._wrap(model, adapter_name)
+        finally:
+            self._parts = self._contents = None
+        self._show_labels(self.active_adapters)
+
+    def _wrap(self, model, adapter_name):
+        """Wraps all modules that the adapter changes, also those inside of a wrapped one, which PEFT skips."""
+        modules = dict(plain_modules(model))
+        layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DtsLayer)}
+        if ROOT in layers:
+            layers[""] = layers.pop(ROOT)
+        parts = self._parts
+        unchanged = set(self.peft_config[adapter_name].unchanged)
+        for name in dict.fromkeys([*parts.changed, *parts.tied, *parts.head]):
+            if name not in layers:
+                layers[name] = self._make_layer(model, modules, name)
+            changed = [leaf for leaf in parts.changed.get(name, ()) if join(name, leaf) not in unchanged]
+            layers[name].add_adapter(adapter_name, changed, parts.head.get(name, []))
+        for (kind, name, leaf), tensor in self._contents.items():
+            layers[name].take(kind, adapter_name, leaf, tensor, join(name, leaf))
+        for name, ties in parts.tied.items():
+            layers[name].tied.update({leaf: (layers[owner], there) for leaf, (owner, there) in ties.items()})
+        wrap_everywhere(model, layers.values())
+        self._layers = list(layers.values())
+
+    def _make_layer(self, model, modules, name):
+        if not name:
+            layer = RootDtsLayer(model, self.active_adapters)
+            model.add_module(ROOT, layer)
+            return layer
+        layer = DtsLayer(modules[name], self.active_adapters)
+        parent, _, child = name.rpartition(".")
+        modules[parent]._modules[child] = layer
+        return layer
+
+    def _check_target_module_exists(self, config, key):
+        if key in self._parts.changed or key in self._parts.head:
+            return True
+        result = is_target(config, key)
+        return result if isinstance(result, _ExcludedModule) else False
+
+    def _create_and_replace(self, *args, **kwargs):
+        """`_wrap` does it, of all modules."""
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key, adapter_name):
+        # without the marks of wrappers, for around a layer there may be one of another adapter
+        for kind in ("dts_codes", "dts_head"):
+            module, found, leaf = key.rpartition(f".{kind}.{adapter_name}.")
+            if found:
+                return f"{plain_name(module)}.{kind}.{leaf}"
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """From the names in a file to the model's. Raises ValueError where tensors are missing or too many."""
+        keys = {}
+        for name, layer in model.named_modules():
+            for kind, leaves in (layer.expected if isinstance(layer, DtsLayer) else {}).get(adapter_name, {}).items():
+                for leaf in leaves:
+                    key = f"{name}.{kind}.{adapter_name}.{leaf.replace('.', '/')}"
+                    keys[cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model.")] = key
+        given = {key.removeprefix("base_model.model."): key for key in state_dict}
+        extra = [key for key in given if key not in keys and (".dts_codes." in f".{key}" or ".dts_head." in f".{key}")]
+        for problem, names in (("lacks", keys.keys() - given.keys()), ("has besides its own", extra)):
+            if names:
+                raise ValueError(
+                    f"The file of the adapter {adapter_name!r} {problem} {len(names)} tensors, such as "
+                    f"{min(names)!r}. It is damaged, or another adapter's; download or save it again."
+                )
+        return {keys.get(short, key): state_dict[key] for short, key in given.items()}
+
+
+def _activate(layers, adapters):
+    for layer in layers:
+        layer._active_adapter = adapters
+
+
+def _run_by_adapter(model, layers, names, args, kwargs):
+    """The outputs of all rows in their order; rows with fewer classes are filled up with the lowest finite number."""
+    if kwargs.get("labels") is not None:
+        raise ValueError("`adapter_names` mixes tasks, so there is no loss; compute it from the logits of each row.")
+    values = [*args, *kwargs.values()]
+    if any(isinstance(value, Cache) for value in values):
+        raise ValueError("The adapters of a mixed batch would share one key/value cache; pass `use_cache=False`.")
+    rows = {len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim}
+    if len(names) not in rows:
+        raise ValueError(f"`adapter_names` has {len(names)} names, and the batch has {sorted(rows)} rows; name each's.")
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        kwargs = {**kwargs, "use_cache": False}
+    outputs, index = {}, [names[:i].count(name) for i, name in enumerate(names)]
+    try:
+        for adapter in dict.fromkeys(names):
+            own = [i for i, name in enumerate(names) if name == adapter]
+            _activate(layers, [] if adapter == BASE else [adapter])
+            args_here = [_take(value, own, len(names)) for value in args]
+            kwargs_here = {key: _take(value, own, len(names)) for key, value in kwargs.items()}
+            outputs[adapter] = model(*args_here, **kwargs_here)
+    finally:
+        _activate(layers, [])
+    return take_rows(outputs, names, index, of="The model")
+
+
+def _take(value, rows, batch):
+    is_batch = isinstance(value, torch.Tensor) and value.ndim and len(value) == batch
+    return value[torch.tensor(rows, device=value.device)] if is_batch else value
