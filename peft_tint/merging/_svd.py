@@ -11,7 +11,8 @@ def svd(matrix: torch.Tensor, rank: int | None = None, norm: torch.Tensor | None
 
     The vectors of a zero are arbitrary, and would turn the polar factors of the others (a LoRA expert has mostly such).
     Zero is what is below rounding of `norm`, by default of the largest singular value."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    # In float64, for small singular values magnify what rounding leaves of the vectors
+    u, s, vh = (part.to(matrix.dtype) for part in torch.linalg.svd(matrix.double(), full_matrices=False))
     rank = min(len(s) if rank is None else rank, int((s > ROUNDING * (s[:1] if norm is None else norm)).sum()))
     return u[:, :rank], s[:rank], vh[:rank]
 
