@@ -29,7 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, find_adapter_config_file
 
-from .task_vectors import LowRank, compute_task_vector
+from .task_vectors import LazyTensors, LowRank, compute_task_vector
 
 REFERENCE_KEYS = ("id", "revision", "subfolder")
 # Settings, by their names in various models, that change what a model computes but the shape of no tensor.
@@ -71,22 +71,14 @@ class Expert(NamedTuple):
         return change + self.low_rank[name].dense().view(change.shape).to(change) if name in self.low_rank else change
 
 
-class TaskVector(Mapping):
-    """The task vector of an expert, {name of a base tensor: tensor}, each computed when it is read."""
+def lazy_task_vector(expert: Expert, base_tensors: dict[str, torch.Tensor], names) -> LazyTensors:
+    """The task vector of an expert, by the names of the base's tensors."""
+    of_expert = expert.by_tensor(base_tensors)
 
-    def __init__(self, expert: Expert, base_tensors: dict[str, torch.Tensor], names):
-        self.expert, self.base_tensors, self.names = expert, base_tensors, names
-        self.of_expert = expert.by_tensor(base_tensors)
+    def read(name):
+        return expert.task_vector(name, base_tensors[name], of_expert[id(base_tensors[name])])
 
-    def __getitem__(self, name):
-        weight = self.base_tensors[name]
-        return self.expert.task_vector(name, weight, self.of_expert[id(weight)])
-
-    def __iter__(self):
-        return iter(self.names)
-
-    def __len__(self):
-        return len(self.names)
+    return LazyTensors(names, read)
 
 
 def load_expert(task: str, source, base: nn.Module) -> Expert:
@@ -299,6 +291,7 @@ def _from_adapter(task, adapter, config):
             low_rank[f"{name.replace('.base_layer', '')}.weight"] = factors
     try:
         model = adapter.merge_and_unload()
+    # what the merges of PEFT's methods raise that have none, or not for these layers
     except (AttributeError, NotImplementedError, TypeError) as error:
         raise ValueError(f"Expert {task!r} is an adapter of the type {kind}, which PEFT cannot merge.") from error
     return Expert(task, model.state_dict(), model, config, low_rank)

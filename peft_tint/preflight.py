@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .checkpoints import meta_model, open_checkpoint
-from .experts import TaskVector, check_finite, expert_problems, load_expert, match_vocabulary
+from .experts import expert_problems, lazy_task_vector, load_expert, match_vocabulary
 from .merging._checkpoints import inspect_checkpoint, stored_expert
 from .merging._models import check_base
 from .merging._stack import gram, norm, stack
@@ -124,7 +124,6 @@ def check_experts(
     if isinstance(base, nn.Module):
         model, config, architecture = base, getattr(base, "config", None), type(base).__name__
         structure = check_base(base, experts)
-        check_finite(structure.tensors)
     else:
         for task in experts:
             check_task_name(task)
@@ -167,7 +166,7 @@ def check_experts(
     if any(_own_shapes(expert, tensors, structure.head) for expert in sound.values()):
         report.notes.append("Heads differ in shape: TINT and per-task methods keep each task's, others the base's.")
         merged = [name for name in merged if name not in structure.head]
-    task_vectors = {task: TaskVector(expert, tensors, merged) for task, expert in sound.items()}
+    task_vectors = {task: lazy_task_vector(expert, tensors, merged) for task, expert in sound.items()}
     for name in merged if sound else ():
         report.grams[name] = gram(stack(task_vectors, name).view(len(sound), -1))
         report.base_norms[name] = norm(tensors[name])

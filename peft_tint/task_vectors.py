@@ -1,5 +1,6 @@
 """Task vectors (arXiv:2212.04089): what fine-tuning added to each tensor, and how a sum of them is applied."""
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,22 @@ class LowRank(NamedTuple):
     def dense(self) -> torch.Tensor:
         """As a matrix of shape (d, product of the other axes), in float32."""
         return self.scale * self.b.float() @ self.a.float()
+
+
+class LazyTensors(Mapping):
+    """{name: `read(name)`}, each computed when it is asked for and not kept."""
+
+    def __init__(self, names, read: Callable):
+        self.names, self.read = names, read
+
+    def __getitem__(self, name):
+        return self.read(name)
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
 
 
 class TaskVectors(nn.Module):

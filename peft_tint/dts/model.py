@@ -1,7 +1,6 @@
 """DTS: fine-tunes of one base model as small adapters, one per task."""
 
 import warnings
-from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from transformers import Cache
 
 from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
 from ..experts import check_expert, load_expert, match_vocabulary
-from ..task_vectors import compute_task_vector
+from ..task_vectors import LazyTensors, compute_task_vector
 from ..tint._plan import (
     check_unquantised,
     expert_labels,
@@ -63,23 +62,6 @@ class Parts(NamedTuple):
     changed: dict[str, list[str]]  # module -> parameters with codes, tied ones once
     head: dict[str, list[str]]  # module -> tensors of the head, which are stored whole
     tied: dict[str, dict[str, tuple[str, str]]]  # module -> parameter -> the (module, parameter) that has its codes
-
-
-class Deltas(Mapping):
-    """A task vector by the names under which it is saved, each tensor computed when it is read."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], of_expert: dict[int, torch.Tensor], names: dict[str, str]):
-        self.tensors, self.of_expert, self.names = tensors, of_expert, names
-
-    def __getitem__(self, saved_name):
-        weight = self.tensors[self.names[saved_name]].detach()
-        return compute_task_vector(self.of_expert[id(self.tensors[self.names[saved_name]])].to(weight.device), weight)
-
-    def __iter__(self):
-        return iter(self.names)
-
-    def __len__(self):
-        return len(self.names)
 
 
 def find_parts(config: DtsConfig, model: nn.Module, modules: dict[str, nn.Module]) -> Parts:
@@ -245,7 +227,12 @@ class DtsModel(WrappingTuner):
         if "budget" in size:
             parameters = {id(t): t.numel() for name, t in tensors.items() if name not in buffers}
             size["base_bytes"] = 4 * sum(parameters.values())
-        packed = encode(Deltas(tensors, of_expert, names), config.codec, **size)
+
+        def change(saved):
+            weight = tensors[names[saved]].detach()
+            return compute_task_vector(of_expert[id(tensors[names[saved]])].to(weight.device), weight)
+
+        packed = encode(LazyTensors(names, change), config.codec, **size)
         config.unchanged = [name for saved, name in names.items() if saved not in packed]
         if not packed:
             warnings.warn("The expert has the base model's weights, so the adapter adds nothing to them.", stacklevel=2)

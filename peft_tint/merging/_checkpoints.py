@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ..checkpoints import (
     split_into_shards,
 )
 from ..experts import Expert, check_expert, check_finite, is_finite, listing, match_vocabulary
-from ..task_vectors import compute_task_vector
+from ..task_vectors import LazyTensors, compute_task_vector
 from ..tint._structure import Structure, inspect_model
 from ..tint.config import check_task_name
 from ._models import add_change, check_scale
@@ -185,7 +186,7 @@ def _merge(sources, names, method, per_tensor, kwargs):
         keys = scope
         if MERGING_METHODS[method].elementwise:
             keys = [(name, number) for name in scope for number in range(count(name))]
-        return {task: StoredTaskVector(own, sources.tensors, keys) for task, own in sources.own.items()}
+        return {task: LazyTensors(keys, partial(_change, own, sources.tensors)) for task, own in sources.own.items()}
 
     merged = merge_tensors(read, names, method, per_tensor, kwargs)
     with tqdm(total=sum(map(count, names)), desc=f"merging by {method}", unit="piece") as bar:
@@ -195,23 +196,12 @@ def _merge(sources, names, method, per_tensor, kwargs):
             bar.update()
 
 
-class StoredTaskVector(Mapping):
-    """A task vector of mapped tensors, {name or (name, number of a piece): entries}, each computed when it is read."""
-
-    def __init__(self, expert_tensors, base_tensors, keys):
-        self.expert_tensors, self.base_tensors, self.keys_in_order = expert_tensors, base_tensors, keys
-
-    def __getitem__(self, key):
-        return compute_task_vector(_entries(self.expert_tensors, key), _entries(self.base_tensors, key))
-
-    def __iter__(self):
-        return iter(self.keys_in_order)
-
-    def __len__(self):
-        return len(self.keys_in_order)
+def _change(expert_tensors, base_tensors, key):
+    return compute_task_vector(_entries(expert_tensors, key), _entries(base_tensors, key))
 
 
 def _entries(tensors, key):
+    """Of `key`, a name or (name, number of a piece)."""
     if isinstance(key, str):
         return tensors[key]
     name, number = key

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..experts import TaskVector, check_expert, check_finite, is_finite, load_expert, match_vocabulary
+from ..experts import check_expert, check_finite, is_finite, lazy_task_vector, load_expert, match_vocabulary
 from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
 from ..tint._structure import Structure, find_head, inspect_model, is_under, named_tensors, plain_modules
 from ..tint.config import check_task_name
@@ -78,7 +78,7 @@ def merge(
     of_models = {task: named_tensors(dict(plain_modules(model)))[0] for task, model in models.items()}
 
     def read(scope):
-        return {task: TaskVector(expert, tensors, scope) for task, expert in loaded.items()}
+        return {task: lazy_task_vector(expert, tensors, scope) for task, expert in loaded.items()}
 
     for name, changes in merge_tensors(read, names, method, per_tensor, kwargs):
         for task, change in zip(sorted(models), changes, strict=True):

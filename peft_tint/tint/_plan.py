@@ -5,7 +5,6 @@ So an expert that does not fit leaves the model as it was.
 
 import copy
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .._wrapped_layer import UNITS
 from ..experts import check_expert, load_expert, match_vocabulary, set_tensor, without_adapters
 from ..merging import transform_task_vectors
-from ..task_vectors import LowRank, TaskVectors, compute_task_vector
+from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector
 from ._auto import choose_tint_layer
 from ._start import starting_coefficients
 from ._structure import (
@@ -68,26 +67,17 @@ class Base(NamedTuple):
     owned: dict[str, tuple[str, str]]  # tensor to merge, by one name -> its module and parameter
 
 
-class PlannedTaskVector(Mapping):
-    """The task vector of one task, {tensor to merge: tensor}, each made dense when it is read.
+def planned_task_vector(plan: Plan, base: Base, index: int) -> LazyTensors:
+    """The task vector of one task, {tensor to merge: tensor}; a tensor that no expert changed counts as zeros."""
 
-    A tensor that no expert changed counts as zeros."""
-
-    def __init__(self, plan: Plan, base: Base, index: int):
-        self.plan, self.base, self.index = plan, base, index
-
-    def __getitem__(self, name):
-        module, leaf = self.base.owned[name]
-        weight = self.base.tensors[name]
-        if leaf in self.plan.task_vectors.get(module, {}):
-            return self.plan.task_vectors[module][leaf].dense_of(self.index, weight.shape)
+    def read(name):
+        module, leaf = base.owned[name]
+        weight = base.tensors[name]
+        if leaf in plan.task_vectors.get(module, {}):
+            return plan.task_vectors[module][leaf].dense_of(index, weight.shape)
         return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
 
-    def __iter__(self):
-        return iter(self.base.owned)
-
-    def __len__(self):
-        return len(self.base.owned)
+    return LazyTensors(base.owned, read)
 
 
 def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool = True) -> Plan:
@@ -134,7 +124,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
             if dense[name] or low_rank[name]:
                 plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name))
     _drop_unchanged(plan)
-    task_vectors = {task: PlannedTaskVector(plan, base, index) for index, task in enumerate(sources)}
+    task_vectors = {task: planned_task_vector(plan, base, index) for index, task in enumerate(sources)}
     if config.transform is not None:
         _transform(plan, base, task_vectors, config)
     if isinstance(config.coefficient_init, str) and config.init_weights and start:
