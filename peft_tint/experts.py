@@ -4,6 +4,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,8 @@ FORWARD_SETTINGS = (
 UNRELATED_COSINE = 0.05
 COSINE_ENTRIES = 2**18
 
+# Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
+LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 NO_WEIGHTS = "which changes no weights, so there is nothing to merge. Give full checkpoints, or adapters such as LoRA."
 
@@ -476,3 +479,61 @@ def _cosine(x, y):
 def listing(names):
     names = sorted(names)
     return f"{', '.join(map(repr, names[:3]))}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_unquantised(model, tensors, buffers):
+    integers = [name for name in tensors if name not in buffers and not tensors[name].is_floating_point()]
+    if getattr(model, "is_quantized", False):
+        method = getattr(model, "quantization_method", None)
+        sign = f"quantization_method={getattr(method, 'value', method)!r}"
+    elif integers:
+        sign = f"{integers[0]!r} has the type {tensors[integers[0]].dtype}"
+    else:
+        return
+    raise ValueError(
+        f"The base model is quantised ({sign}), and task vectors cannot be added to quantised weights. Load it without "
+        "`quantization_config`, for instance in bfloat16, and quantise what `merge_and_unload` returns."
+    )
+
+
+def expert_module(expert, name, base_module, tensors, of_expert):
+    """The expert's own copy of a module, of its own size, on the base's device and in its dtype."""
+    reference = next(base_module.parameters())
+    if expert.module is not None:
+        module = copy.deepcopy(expert.module.get_submodule(name))
+    else:
+        module = without_adapters(base_module)
+        for path, child in module.named_modules():
+            for leaf, _ in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
+                full_name = ".".join(filter(None, (name, path, leaf)))
+                if full_name not in tensors:  # a buffer that is not saved
+                    continue
+                set_tensor(child, leaf, of_expert[id(tensors[full_name])].detach().clone())
+    return module.to(reference.device, reference.dtype).requires_grad_(True)
+
+
+def expert_labels(expert, model, heads):
+    """The label fields of the task's config. A state dict has none: then names of the size of its head."""
+    base = labels_of(getattr(model, "config", None))
+    if expert.config is not None:
+        return labels_of(expert.config)
+    linears = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
+    if not base or not linears or linears[-1].out_features == len(base["id2label"]):
+        return base
+    names = [f"LABEL_{index}" for index in range(linears[-1].out_features)]
+    return {**base, "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+def labels_of(config) -> dict:
+    """The fields of a transformers config that name a task's labels; {} for a model without them."""
+    if not getattr(config, "id2label", None):
+        return {}
+    return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if hasattr(config, field)}
+
+
+def set_labels(model, labels: dict) -> None:
+    """Gives a model's config the fields that `labels_of` has taken."""
+    for field, value in labels.items():
+        setattr(model.config, field, value)
+    if labels and hasattr(model, "num_labels"):  # many heads' losses read this copy
+        model.num_labels = model.config.num_labels

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ._structure import unit_name
 from .checkpoints import meta_model, open_checkpoint
 from .experts import expert_problems, lazy_task_vector, load_expert, match_vocabulary
 from .merging._checkpoints import inspect_checkpoint, stored_expert
 from .merging._models import check_base
 from .merging._stack import gram, norm, stack
-from .tint._structure import unit_name
 from .tint.config import check_task_name
 
 

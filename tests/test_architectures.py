@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch.func import functional_call
 
 import peft_tint
-from peft_tint.tint._structure import find_head, plain_modules
+from peft_tint._structure import find_head, plain_modules
 
 TASKS = ["x", "y", "z"]
 NO_HEAD = "ignore:.*has no head that belongs to a task"

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification
 
 import peft_tint
 from peft_tint import DtsConfig
+from peft_tint._structure import find_head, is_under, plain_modules
 from peft_tint.dts import disk_bytes
-from peft_tint.tint._structure import find_head, is_under, plain_modules
 
 # PEFT, about what it does when the active adapter is deleted
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")

@@ -12,9 +12,9 @@ from test_tint_model import load, logits, perturb
 
 import peft_tint
 from peft_tint import MERGING_METHODS, TintConfig, merge, merge_task_vectors
+from peft_tint._structure import unit_name
 from peft_tint.merging import _stack
 from peft_tint.tint import _plan, _start
-from peft_tint.tint._structure import unit_name
 from peft_tint.tint.merged_layer import MergedLayer
 
 GRANULARITIES = ["tensor", "module", "block", "model"]

@@ -11,30 +11,32 @@ from peft.utils.integrations import _skip_init_on_device
 from torch import nn
 from transformers import Cache
 
-from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
-from ..experts import check_expert, load_expert, match_vocabulary
-from ..task_vectors import LazyTensors, compute_task_vector
-from ..tint._plan import (
-    check_unquantised,
-    expert_labels,
-    expert_module,
-    is_target,
-    labels_of,
-    merged_parameters,
-    resolve_all_linear,
-    set_labels,
-)
-from ..tint._structure import (
+from .._rows import take_rows
+from .._structure import (
     CONTAINERS,
     find_head,
     find_vocabulary,
+    is_target,
     is_under,
     join,
+    merged_parameters,
     named_tensors,
     own_parameters,
     plain_modules,
+    resolve_all_linear,
 )
-from ..tint.tint_layer import take_rows
+from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
+from ..experts import (
+    check_expert,
+    check_unquantised,
+    expert_labels,
+    expert_module,
+    labels_of,
+    load_expert,
+    match_vocabulary,
+    set_labels,
+)
+from ..task_vectors import LazyTensors, compute_task_vector
 from .codec import encode
 from .config import DtsConfig
 from .layer import DtsLayer, RootDtsLayer

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.utils import tqdm
 from transformers import PreTrainedModel
 
+from .._structure import Structure, inspect_model
 from ..checkpoints import (
     DTYPE_NAMES,
     Checkpoint,
@@ -25,7 +26,6 @@ from ..checkpoints import (
 )
 from ..experts import Expert, check_expert, check_finite, is_finite, listing, match_vocabulary
 from ..task_vectors import LazyTensors, compute_task_vector
-from ..tint._structure import Structure, inspect_model
 from ..tint.config import check_task_name
 from ._models import add_change, check_scale
 from ._registry import MERGING_METHODS, check_method, merge_tensors

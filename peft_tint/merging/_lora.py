@@ -13,11 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .._structure import CONTAINERS, find_head, is_under, named_tensors, plain_modules
 from .._wrapped_layer import UNITS
-from ..experts import Expert, check_expert, check_finite
+from ..experts import Expert, check_expert, check_finite, check_unquantised, expert_module, labels_of, set_labels
 from ..task_vectors import compute_task_vector
-from ..tint._plan import check_unquantised, expert_module, labels_of, set_labels
-from ..tint._structure import CONTAINERS, find_head, is_under, named_tensors, plain_modules
 from ._stack import norm
 from ._svd import svd
 

@@ -9,9 +9,19 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..experts import check_expert, check_finite, is_finite, lazy_task_vector, load_expert, match_vocabulary
-from ..tint._plan import check_unquantised, expert_labels, expert_module, set_labels
-from ..tint._structure import Structure, find_head, inspect_model, is_under, named_tensors, plain_modules
+from .._structure import Structure, find_head, inspect_model, is_under, named_tensors, plain_modules
+from ..experts import (
+    check_expert,
+    check_finite,
+    check_unquantised,
+    expert_labels,
+    expert_module,
+    is_finite,
+    lazy_task_vector,
+    load_expert,
+    match_vocabulary,
+    set_labels,
+)
 from ..tint.config import check_task_name
 from ._registry import check_method, merge_tensors
 

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from .._structure import find_head, has_parameters, is_under, named_tensors, unit_name
 from ..experts import check_expert, load_expert
-from ._structure import find_head, has_parameters, is_under, named_tensors, unit_name
 
 
 def choose_tint_layer(model: nn.Module, modules: dict[str, nn.Module], sources: dict) -> list[str]:

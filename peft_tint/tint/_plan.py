@@ -6,23 +6,13 @@ So an expert that does not fit leaves the model as it was.
 import copy
 import warnings
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.integrations import _skip_init_on_device
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from .._wrapped_layer import UNITS
-from ..experts import check_expert, load_expert, match_vocabulary, set_tensor, without_adapters
-from ..merging import transform_task_vectors
-from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector
-from ._auto import choose_tint_layer
-from ._start import starting_coefficients
-from ._structure import (
+from .._structure import (
     CONTAINERS,
     PARAMETER_CONTAINERS,
     find_head,
@@ -31,15 +21,26 @@ from ._structure import (
     has_parameters,
     is_under,
     join,
+    merged_parameters,
     named_tensors,
-    own_parameters,
     plain_modules,
+    resolve_all_linear,
     unit_name,
 )
+from .._wrapped_layer import UNITS
+from ..experts import (
+    check_expert,
+    check_unquantised,
+    expert_labels,
+    expert_module,
+    load_expert,
+    match_vocabulary,
+)
+from ..merging import transform_task_vectors
+from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector
+from ._auto import choose_tint_layer
+from ._start import starting_coefficients
 from .config import TintConfig
-
-# Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
-LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
 @dataclass
@@ -160,21 +161,6 @@ def _start(plan, base, task_vectors, config):
     return starting_coefficients(task_vectors, units, method, bounds, **config.coefficient_init_kwargs)
 
 
-def check_unquantised(model, tensors, buffers):
-    integers = [name for name in tensors if name not in buffers and not tensors[name].is_floating_point()]
-    if getattr(model, "is_quantized", False):
-        method = getattr(model, "quantization_method", None)
-        sign = f"quantization_method={getattr(method, 'value', method)!r}"
-    elif integers:
-        sign = f"{integers[0]!r} has the type {tensors[integers[0]].dtype}"
-    else:
-        return
-    raise ValueError(
-        f"The base model is quantised ({sign}), and task vectors cannot be added to quantised weights. Load it without "
-        "`quantization_config`, for instance in bfloat16, and quantise what `merge_and_unload` returns."
-    )
-
-
 def _add_expert(plan, base, expert, index, dense, low_rank):
     """Accounts for each tensor of an expert: it is merged, the task's own, or kept as it is for `TintModel.expert`."""
     of_expert = expert.by_tensor(base.tensors)
@@ -239,66 +225,6 @@ def _per_task_modules(config, model, modules):
     return {name: name in tint for name in (*tint, *(name for name in head if not is_under(name, tint)))}
 
 
-def resolve_all_linear(config, model, modules, per_task):
-    """Writes out what `target_modules="all-linear"` stands for."""
-    if config.target_modules == "all-linear":
-        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
-        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
-        config.target_modules = {n for n in linears if not is_under(n, per_task) and modules[n] is not vocabulary}
-
-
-def merged_parameters(config, modules, per_task):
-    """The parameters to merge by module, and of those the tied ones, whose value another module's entry decides."""
-    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
-    candidates = {
-        name: own_parameters(module)
-        for name, module in modules.items()
-        if not is_under(name, per_task) and not is_under(name, units, strictly=True)
-        if not isinstance(module, CONTAINERS)
-    }
-    chosen = {id(p) for name, own in candidates.items() if is_target(config, name) for p in own.values()}
-    targets, tied, owner = {}, {}, {}
-    for name, own in candidates.items():
-        # A parameter that is merged in one place is merged wherever else it is used
-        parameters = {leaf: p for leaf, p in own.items() if id(p) in chosen}
-        if parameters:
-            targets[name] = parameters
-        for leaf, p in parameters.items():
-            if owner.setdefault(id(p), (name, leaf)) != (name, leaf):
-                tied.setdefault(name, {})[leaf] = owner[id(p)]
-    return targets, tied
-
-
-def is_target(config: TintConfig, name: str):
-    """PEFT's matching rules, where no `target_modules` at all means every module."""
-    if config.target_modules is not None:
-        return check_target_module_exists(config, name)
-    config = copy.copy(config)
-    config.target_modules = ".*"
-    found = check_target_module_exists(config, name)
-    if found and getattr(config, "layers_to_transform", None) is not None:
-        # PEFT counts blocks only where a list of endings matches; a block is to match itself too
-        config.target_modules, config.exclude_modules = {"any"}, None
-        return check_target_module_exists(config, f"{name}.any")
-    return found
-
-
-def expert_module(expert, name, base_module, tensors, of_expert):
-    """The expert's own copy of a module, of its own size, on the base's device and in its dtype."""
-    reference = next(base_module.parameters())
-    if expert.module is not None:
-        module = copy.deepcopy(expert.module.get_submodule(name))
-    else:
-        module = without_adapters(base_module)
-        for path, child in module.named_modules():
-            for leaf, _ in chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False)):
-                full_name = ".".join(filter(None, (name, path, leaf)))
-                if full_name not in tensors:  # a buffer that is not saved
-                    continue
-                set_tensor(child, leaf, of_expert[id(tensors[full_name])].detach().clone())
-    return module.to(reference.device, reference.dtype).requires_grad_(True)
-
-
 def _initial_modules(config, name, base_module, expert_modules, trainable):
     """The copies to train, as `tint_layer_init` says. A head that does not train stays the expert's."""
     copies = copy.deepcopy(expert_modules)
@@ -324,30 +250,3 @@ def _initial_modules(config, name, base_module, expert_modules, trainable):
         for leaf, parameter in module.named_parameters():
             parameter.data.copy_(values[leaf])
     return copies
-
-
-def expert_labels(expert, model, heads):
-    """The label fields of the task's config. A state dict has none: then names of the size of its head."""
-    base = labels_of(getattr(model, "config", None))
-    if expert.config is not None:
-        return labels_of(expert.config)
-    linears = [m for head in heads for m in head.modules() if isinstance(m, nn.Linear)]
-    if not base or not linears or linears[-1].out_features == len(base["id2label"]):
-        return base
-    names = [f"LABEL_{index}" for index in range(linears[-1].out_features)]
-    return {**base, "id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-
-
-def labels_of(config) -> dict:
-    """The fields of a transformers config that name a task's labels; {} for a model without them."""
-    if not getattr(config, "id2label", None):
-        return {}
-    return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if hasattr(config, field)}
-
-
-def set_labels(model, labels: dict) -> None:
-    """Gives a model's config the fields that `labels_of` has taken."""
-    for field, value in labels.items():
-        setattr(model.config, field, value)
-    if labels and hasattr(model, "num_labels"):  # many heads' losses read this copy
-        model.num_labels = model.config.num_labels

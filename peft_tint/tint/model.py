@@ -19,10 +19,10 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .._structure import find_head, is_target, named_tensors, plain_modules, unit_name
 from .._wrapped_layer import WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
-from ..experts import absolute_reference
-from ._plan import is_target, labels_of, make_plan, set_labels
-from ._structure import find_head, named_tensors, plain_modules, unit_name
+from ..experts import absolute_reference, labels_of, set_labels
+from ._plan import make_plan
 from .config import TintConfig
 from .merged_layer import MergedLayer, RootMergedLayer
 from .tint_layer import TintLayer

@@ -1,16 +1,21 @@
-"""What a model is made of, seen through any adapters that already wrap it: its modules, tensors, head and blocks."""
+"""What a model is made of, seen through any adapters that already wrap it: its modules, tensors, head and blocks; and
+which of its parameters a config targets."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from .._wrapped_layer import UNITS, RootLayer, WrappedLayer
+from ._wrapped_layer import UNITS, RootLayer, WrappedLayer
 
 # These are not called but read by index or looped over, so what they hold belongs to the module around them. So do the
 # originals of a parametrized module (weight norm), which are in a ModuleList in a ModuleDict.
@@ -145,3 +150,47 @@ def unit_name(granularity: str, module: str, parameter: str) -> str:
         block = re.match(r"(.*?\.\d+)(\.|$)", module)
         return block[1] if block else module.rpartition(".")[0] or module or "(model)"
     return (module or "(model)") if granularity == "module" else join(module, parameter)
+
+
+def resolve_all_linear(config, model, modules, per_task):
+    """Writes out what `target_modules="all-linear"` stands for."""
+    if config.target_modules == "all-linear":
+        vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # PEFT's exception
+        linears = {name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+        config.target_modules = {n for n in linears if not is_under(n, per_task) and modules[n] is not vocabulary}
+
+
+def merged_parameters(config, modules, per_task):
+    """The parameters to merge by module, and of those the tied ones, whose value another module's entry decides."""
+    units = [name for name, module in modules.items() if isinstance(module, UNITS)]
+    candidates = {
+        name: own_parameters(module)
+        for name, module in modules.items()
+        if not is_under(name, per_task) and not is_under(name, units, strictly=True)
+        if not isinstance(module, CONTAINERS)
+    }
+    chosen = {id(p) for name, own in candidates.items() if is_target(config, name) for p in own.values()}
+    targets, tied, owner = {}, {}, {}
+    for name, own in candidates.items():
+        # A parameter that is merged in one place is merged wherever else it is used
+        parameters = {leaf: p for leaf, p in own.items() if id(p) in chosen}
+        if parameters:
+            targets[name] = parameters
+        for leaf, p in parameters.items():
+            if owner.setdefault(id(p), (name, leaf)) != (name, leaf):
+                tied.setdefault(name, {})[leaf] = owner[id(p)]
+    return targets, tied
+
+
+def is_target(config: PeftConfig, name: str):
+    """PEFT's matching rules, where no `target_modules` at all means every module."""
+    if config.target_modules is not None:
+        return check_target_module_exists(config, name)
+    config = copy.copy(config)
+    config.target_modules = ".*"
+    found = check_target_module_exists(config, name)
+    if found and getattr(config, "layers_to_transform", None) is not None:
+        # PEFT counts blocks only where a list of endings matches; a block is to match itself too
+        config.target_modules, config.exclude_modules = {"any"}, None
+        return check_target_module_exists(config, f"{name}.any")
+    return found
