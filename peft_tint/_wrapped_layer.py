@@ -180,17 +180,22 @@ def adds_low_rank(module: nn.Module) -> bool:
 
 def low_rank_output(module, x, vectors, coefficients):
     """What sum_k lambda_k scale_k b_k a_k of the weight adds to the module's output for the input `x`."""
-    a, b = vectors.a, vectors.b
-    c = vectors.rank_coefficients(coefficients).to(a.dtype)
+    a, b, c = vectors.a, vectors.b, vectors.rank_coefficients(coefficients)
+    if not a.is_floating_point():  # codes of DTS, of one byte each
+        a, b = a.to(module.weight.dtype), b.to(module.weight.dtype)
+
+    def scaled(inner, c):  # not in float16, where the scales are next to zero
+        return (inner * c).to(inner.dtype)
+
     if type(module) is nn.Embedding:
-        return (F.embedding(x, b) * c) @ a
+        return scaled(F.embedding(x, b), c) @ a
     x = x.to(a.dtype)
     if type(module) is nn.Linear:
-        return F.linear(F.linear(x, a) * c, b)
+        return F.linear(scaled(F.linear(x, a), c), b)
     if type(module) is Conv1D:  # transformers' one, a linear layer whose weight is transposed
-        return ((x @ b) * c) @ a
+        return scaled(x @ b, c) @ a
     inner = F.conv2d(x, a, None, module.stride, module.padding, module.dilation)
-    return F.conv2d(inner * c[:, None, None], b[:, :, None, None])
+    return F.conv2d(scaled(inner, c[:, None, None]), b[:, :, None, None])
 
 
 class RootLayer:

@@ -8,15 +8,15 @@ from torch import nn
 
 
 class LowRank(NamedTuple):
-    """The task vector of a LoRA expert: `scale * b @ a`, with b of shape (d, r) and a of shape (r, the other axes)."""
+    """A task vector of rank r: `(scale * b) @ a`, with b of shape (d, r) and a of shape (r, the other axes)."""
 
     b: torch.Tensor
     a: torch.Tensor
-    scale: float
+    scale: float | torch.Tensor  # one, or (r,)
 
     def dense(self) -> torch.Tensor:
         """As a matrix of shape (d, product of the other axes), in float32."""
-        return self.scale * self.b.float() @ self.a.float()
+        return (self.scale * self.b.float()) @ self.a.float()
 
 
 class LazyTensors(Mapping):
@@ -47,26 +47,30 @@ class TaskVectors(nn.Module):
         super().__init__()
         self.original = original
         ranks = [task for task, factors in low_rank.items() for _ in range(len(factors.a))]
+        scales = [
+            torch.as_tensor(factors.scale, dtype=torch.float32, device=factors.b.device).expand(len(factors.a))
+            for factors in low_rank.values()
+        ]
         buffers = {
             "dense": torch.stack(list(dense.values())) if dense else None,  # (tasks that are dense, *shape)
             "dense_tasks": torch.tensor(list(dense), dtype=torch.long),
-            "b": torch.cat([f.scale * f.b for f in low_rank.values()], 1) if low_rank else None,  # (d, all ranks)
+            "b": torch.cat([factors.b for factors in low_rank.values()], 1) if low_rank else None,  # (d, all ranks)
             "a": torch.cat([factors.a for factors in low_rank.values()], 0) if low_rank else None,
+            # float32 as whole numbers, which `model.half()` leaves alone: it would round small scales to nothing
+            "scale_bits": torch.cat(scales).view(torch.int32) if low_rank else None,  # (all ranks,)
             "rank_tasks": torch.tensor(ranks, dtype=torch.long),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)
-
-    @property
-    def dtype(self):
-        return (self.b if self.dense is None else self.dense).dtype
 
     def of(self, task: int) -> list[torch.Tensor]:
         """All that makes the task vector of one task, what it has not included."""
         dense, low_rank = self.dense_tasks == task, self.rank_tasks == task
         tensors = [torch.stack([dense.sum(), low_rank.sum()])]
         tensors += [] if self.dense is None else [self.dense[dense]]
-        return tensors if self.a is None else [*tensors, self.b[:, low_rank], self.a[low_rank]]
+        return (
+            tensors if self.a is None else [*tensors, self.b[:, low_rank], self.a[low_rank], self.scale_bits[low_rank]]
+        )
 
     def dense_of(self, task: int, shape: torch.Size) -> torch.Tensor:
         """The task vector of one task as a tensor of the parameter's shape, in float32."""
@@ -76,12 +80,14 @@ class TaskVectors(nn.Module):
             total += self.dense[self.dense_tasks == task].sum(0)  # of one or none
         if self.a is not None:
             own = self.rank_tasks == task
-            total += (self.b[:, own].float() @ self.a[own].float().flatten(1)).view(shape)
+            factors = LowRank(self.b[:, own], self.a[own].flatten(1), self.scale_bits[own].view(torch.float32))
+            total += factors.dense().view(shape)
         return total
 
     def rank_coefficients(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The factor of each column of `b` and row of `a`, at least in float32. `coefficients` has shape (tasks,)."""
-        return coefficients.to(_wide(coefficients))[self.rank_tasks]
+        """The factor of each column of `b` with its row of `a`, at least in float32. `coefficients`: (tasks,)."""
+        coefficients = coefficients.to(_wide(coefficients))
+        return coefficients[self.rank_tasks] * self.scale_bits.view(torch.float32).to(coefficients)
 
     def merge(self, weight: torch.Tensor, coefficients: torch.Tensor, low_rank: bool = True) -> torch.Tensor:
         """W0 + sum_k lambda_k tau_k, differentiable in `coefficients`; without the LoRA experts if not `low_rank`."""

@@ -118,7 +118,8 @@ def _encode_within(deltas, budget, base_bytes):
 
 
 def decode(packed: Mapping[str, torch.Tensor]) -> dict[str, LowRank | torch.Tensor]:
-    """The tensors of `encode` in float32, on the CPU: matrices of low rank as factors, all else dense.
+    """The tensors of `encode`, on the CPU: matrices of low rank as factors, in float32 or as codes in int8, and all
+    else dense in float32.
 
     A packed tensor that is damaged, or is none, is a ValueError with its name.
     """
@@ -209,12 +210,12 @@ def _decode(reader):
         tensor = _read_groups(reader, shape)
     elif reader.form == SEMIDISCRETE:
         scales = reader.floats(rank, torch.bfloat16)
-        u, v = (2 * reader.codes(rank * side, 4).float().view(rank, side) - 3 for side in (m, n))
-        tensor = LowRank((u * scales[:, None]).T.contiguous(), v, 1.0)
+        u, v = (2 * reader.codes(rank * side, 4).to(torch.int8).view(rank, side) - 3 for side in (m, n))
+        tensor = LowRank(u.T.contiguous(), v, scales)
     elif reader.form == TRUNCATED_SVD:
         s = reader.floats(rank)
         u, v = (_read_groups(reader, (side, rank)) for side in (m, n))
-        tensor = LowRank(u * s, v.T.contiguous(), 1.0)
+        tensor = LowRank(u, v.T.contiguous(), s)
     else:
         reader.fail(f"its form is {reader.form}, which is none of 0 to {SIGNS}")
     reader.end()

@@ -93,8 +93,9 @@ class DtsLayer(WrappedLayer):
             )
         if not low_rank:
             return TaskVectors({0: decoded.to(weight)}, {}).to(weight.device)
-        factors = LowRank(decoded.b.to(weight), decoded.a.to(weight), decoded.scale)
-        return TaskVectors({}, {0: factors}).to(weight.device)
+        if decoded.a.is_floating_point():
+            decoded = LowRank(decoded.b.to(weight), decoded.a.to(weight), decoded.scale)
+        return TaskVectors({}, {0: decoded}).to(weight.device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """The sizes of codes and heads are the file's."""

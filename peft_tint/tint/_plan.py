@@ -146,7 +146,7 @@ def _transform(plan, base, task_vectors, config):
     parts = transform_task_vectors(task_vectors, config.transform, **config.transform_kwargs)
     for name, (module, leaf) in base.owned.items():
         if own := plan.task_vectors.get(module, {}).get(leaf):
-            dense = {index: parts[task][name].to(own.dtype) for index, task in enumerate(task_vectors)}
+            dense = {index: parts[task][name].to(base.tensors[name].dtype) for index, task in enumerate(task_vectors)}
             plan.task_vectors[module][leaf] = TaskVectors(dense, {}, own)
 
 

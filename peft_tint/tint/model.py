@@ -418,8 +418,8 @@ class TintModel(WrappingTuner):
             for layer in self.model.modules():
                 if isinstance(layer, MergedLayer) and adapter_name in layer.tint_coefficients:
                     coefficients = layer.tint_coefficients[adapter_name]
-                    vectors = next(iter(layer.tint_task_vectors[adapter_name].values()))
-                    coefficients.data = coefficients.data.to(vectors.dtype)
+                    weights = layer.get_base_layer().parameters()
+                    coefficients.data = coefficients.data.to(next(weights).dtype)
 
     def _prepare_model(self, config: TintConfig, model: nn.Module) -> None:
         sources = config.__dict__.pop("experts_in_memory", config.experts)
