@@ -467,3 +467,106 @@ def test_several_active_adapters_add_up(two):
     model.merge_adapter()
     close(logits(model), result)
     assert result.shape[-1] == 5  # the head of the last
+
+
+# ---- tasks without an expert -----------------------------------------------------------------------------------------
+
+
+def check_weighted_sum(architecture, codecs, tmp_path):
+    base, weights = architecture.build(), [0.7, -0.45]
+    plain = {name: tensor.clone() for name, tensor in base.named_parameters()}
+    in_head = find_head(base, dict(plain_modules(base)))
+    tasks = dict(zip("xy", architecture.classes, strict=False)) if architecture.has_head else "xy"
+    for (name, expert), codec in zip(make_experts(base, tasks).items(), codecs, strict=True):
+        base = peft_tint.compress(base, expert, name, **codec)
+    model = base.eval()
+    model.add_weighted_adapter(["x", "y"], weights, "z", head="y")
+    x, y, z = (dict(copy.deepcopy(model).merge_and_unload(adapter_names=[n]).named_parameters()) for n in "xyz")
+    for name, weight in plain.items():
+        if is_under(name, in_head):
+            assert torch.equal(z[name], y[name])
+        else:
+            expected = weight + weights[0] * (x[name] - weight) + weights[1] * (y[name] - weight)
+            torch.testing.assert_close(z[name], expected, rtol=0, atol=2e-6 * float(weight.abs().max()))
+    model.set_adapter("z")
+    result = output(model, architecture.inputs)
+    close(result, output(copy.deepcopy(model).merge_and_unload(), architecture.inputs))
+    model.save_pretrained(tmp_path, selected_adapters=["z"])
+    again = PeftModel.from_pretrained(architecture.build(), tmp_path / "z").eval()
+    assert torch.equal(output(again, architecture.inputs), result)
+
+
+@torch.no_grad()
+def test_weighted_adapter_is_the_sum_of_decoded_task_vectors(architecture, tmp_path):
+    check_weighted_sum(architecture, [SMALL, SMALL], tmp_path)
+
+
+PAPER, BITDELTA = {"codec": "paper", **SMALL}, {"codec": "bitdelta"}
+
+
+@pytest.mark.parametrize("codecs", [(SMALL, BITDELTA), (PAPER, PAPER), (PAPER, SMALL), (BITDELTA, PAPER)])
+@torch.no_grad()
+def test_weighted_adapter_of_other_codecs(codecs, tmp_path):
+    check_weighted_sum(ARCHITECTURES["vit"], codecs, tmp_path)
+
+
+def test_weighted_adapter_of_weighted_adapters(two):
+    """And of adapters that change different modules; with the base's head it has the base's labels."""
+    model, expected = two
+    model.add_weighted_adapter(["b", "score"], [0.5, 0.5], "mean", head="__base__")
+    model.set_adapter("mean")
+    assert model.config.num_labels == 2 and logits(model).shape[-1] == 2
+    model.add_weighted_adapter(["mean", "b", "score"], [2.0, 0.0, -1.0], "b_again", head="b")
+    model.set_adapter("b_again")
+    close(logits(model), expected["b"])
+    assert model.config.id2label == {i: f"b-{i}" for i in range(5)}
+    model.add_weighted_adapter(["b", "b_again"], [0.25, 0.75], "same_head")
+    model.set_adapter("same_head")
+    close(logits(model), expected["b"])
+    for name in ("mean", "b"):
+        model.delete_adapter(name)
+    close(logits(model), expected["b"])
+
+
+BAD_SUMS = {
+    "no such adapter": ((["b", "c"], [1, 1], "z"), "no adapter 'c'; the adapters are 'b', 'score'"),
+    "no such head": ((["b"], [1], "z", "c"), "no adapter 'c'"),
+    "taken": ((["b"], [1], "score"), "an adapter 'score' already"),
+    "counts": ((["b"], [1, 2], "z"), "1 `adapters` and 2 `weights`"),
+    "none": (([], [], "z"), "0 `adapters` and 0 `weights`"),
+    "nan": ((["b"], [float("nan")], "z"), "`weights` has nan"),
+    "heads": ((["b", "score"], [1, 1], "z"), "'classifier' belongs to the head, in which .*'b' and 'score' differ"),
+    "name": ((["b"], [1], "a.b"), "name 'a.b' is taken"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SUMS)
+def test_bad_weighted_adapters(two, case):
+    model, expected = two
+    arguments, message = BAD_SUMS[case]
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert list(model.peft_config) == ["b", "score"] and torch.equal(logits(model), expected["b"])
+
+
+def test_similarities(bert):
+    base = load(bert[0])
+    experts = {name: load(bert[1][name]) for name in ("b", "score")}
+    model = peft_tint.compress(
+        peft_tint.compress(base, experts["b"], "b", rank_ratio=1.0), experts["score"], "score", rank_ratio=1.0
+    )
+    name = "bert.pooler.dense.weight"
+    taus = [(experts[e].get_parameter(name) - load(bert[0]).get_parameter(name)).detach().flatten() for e in experts]
+    unseen = load(bert[0])
+    unseen.get_parameter(name).data += (0.3 * taus[0] + 0.6 * taus[1]).view(16, 16)
+    expected = torch.stack([torch.cosine_similarity(0.3 * taus[0] + 0.6 * taus[1], tau, 0) for tau in taus])
+    result = peft_tint.dts.weight_similarity(model, ["b", "score"], unseen)
+    torch.testing.assert_close(torch.tensor(result), expected / expected.sum(), rtol=0.05, atol=0)
+
+    vectors = {"digits": [1.0, 0.0], "letters": [0.6, 0.8], "noise": [-1.0, 0.1]}
+    result = peft_tint.dts.description_similarity(
+        lambda texts: [vectors[t] for t in texts], ["letters", "noise"], "digits"
+    )
+    assert result == [1.0, 0.0]
+    with pytest.raises(ValueError, match="similar to none"):
+        peft_tint.dts.description_similarity(lambda texts: [vectors[t] for t in texts], ["noise"], "digits")

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_tint.dts import CODECS, _svd, codec, decode, dequantize, disk_bytes, encode, quantize
-from peft_tint.dts._packing import DIGITS, _checksum, pack, unpack
+from peft_tint.dts._packing import DIGITS, _checksum, join, pack, unpack
 from peft_tint.dts._svd import truncated_svd
+from peft_tint.dts.codec import weighted_sum
 from peft_tint.task_vectors import LowRank
 
 SIZES = {"semidiscrete": {"budget": 0.05}, "paper": {"rank_ratio": 0.2}, "bitdelta": {}}
@@ -407,3 +408,45 @@ def test_computed_when_asked(deltas):
     packed = encode(differences, budget=0.05)
     assert differences.taken <= 2 * len(deltas)
     assert all(torch.equal(value, packed[name]) for name, value in encode(deltas, budget=0.05).items())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weighted_sum(deltas, shape):
+    """Of all codecs, and of sums, without a further rounding but of float32."""
+    weights = [0.7, -1.5, 2e-3]
+    packed = [encode({**deltas, "x": deltas[shape] * 2**i}, name, **SIZES[name])["x"] for i, name in enumerate(CODECS)]
+    expected = sum(w * dense(decode({"x": part})["x"]).double() for w, part in zip(weights, packed, strict=True))
+    total = weighted_sum("x", list(zip(weights, packed, strict=True)))
+    torch.testing.assert_close(dense(decode({"x": total})["x"]).double(), expected, rtol=1e-5, atol=1e-10)
+    twice = dense(decode({"x": weighted_sum("x", [(-2.0, total), (1.0, packed[0])])})["x"]).double()
+    expected = -2 * expected + dense(decode({"x": packed[0]})["x"]).double()
+    torch.testing.assert_close(twice, expected, rtol=1e-5, atol=1e-10)
+
+
+# Of a sum of two: int32 version, form, terms, axes, m, n, then 2 weights and 2 sizes
+DAMAGED_SUMS = {
+    "no terms": set_header(2, 0),
+    "negative terms": set_header(2, -1),
+    "more terms": set_header(2, 3),
+    "other shape": set_header(4, 95),
+    "NaN weight": set_header(6, 0x7FC00000),
+    "size": set_header(8, 40),
+    "negative size": set_header(8, -1),
+    "term": set_byte(80, 1),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_SUMS)
+def test_damaged_sums(deltas, kind):
+    part = encode(deltas, budget=0.05)["block.query.weight"]
+    total = weighted_sum("x", [(0.5, part), (0.5, part)])
+    with pytest.raises(ValueError, match="'x' cannot be decoded"):
+        decode({"x": damage(total, True, DAMAGED_SUMS[kind])})
+
+
+def test_sums_are_not_nested(deltas):
+    """Or a small file could be decoded for ever."""
+    inner = weighted_sum("x", [(1.0, encode(deltas, budget=0.05)["block.bias"])])
+    outer = join(codec.WEIGHTED_SUM, 1, torch.Size([200]), [torch.ones(1), torch.tensor([len(inner)]).int(), inner])
+    with pytest.raises(ValueError, match="'x' cannot be decoded: one of its terms has shape"):
+        decode({"x": outer})

@@ -3,5 +3,18 @@
 from .codec import CODECS, decode, dequantize, disk_bytes, encode, quantize
 from .config import DtsConfig
 from .model import DtsModel, compress
+from .similarity import description_similarity, weight_similarity
 
-__all__ = ["CODECS", "DtsConfig", "DtsModel", "compress", "decode", "dequantize", "disk_bytes", "encode", "quantize"]
+__all__ = [
+    "CODECS",
+    "DtsConfig",
+    "DtsModel",
+    "compress",
+    "decode",
+    "dequantize",
+    "description_similarity",
+    "disk_bytes",
+    "encode",
+    "quantize",
+    "weight_similarity",
+]

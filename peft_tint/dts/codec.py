@@ -8,6 +8,7 @@ a header (`_packing.join`) a packed tensor has what its form says:
     four groups    the paper's quantiser on the tensor itself: levels, values, codes
     truncated SVD  singular values (r,), then the paper's quantiser on u (m, r) and on v (n, r)
     signs          scale, codes of 1 bit: x = scale * sign
+    weighted sum   weights (k,), bytes (k,) of each of the k packed tensors that follow: x = sum_i weight_i x_i
 """
 
 import math
@@ -24,7 +25,7 @@ from ._svd import truncated_svd
 __all__ = ["CODECS", "decode", "dequantize", "disk_bytes", "encode", "quantize"]
 
 CODECS = {"semidiscrete": ("budget", "rank_ratio"), "paper": ("rank_ratio",), "bitdelta": ()}  # and what sets the size
-WHOLE, SEMIDISCRETE, FOUR_GROUPS, TRUNCATED_SVD, SIGNS = range(5)
+WHOLE, SEMIDISCRETE, FOUR_GROUPS, TRUNCATED_SVD, SIGNS, WEIGHTED_SUM = range(6)
 ENTRY = 80  # bytes of safetensors' own header for one tensor, apart from the tensor's name
 THIN = 4  # a matrix with no more rows or columns is stored whole, which takes no more bytes than its full rank
 
@@ -123,7 +124,19 @@ def decode(packed: Mapping[str, torch.Tensor]) -> dict[str, LowRank | torch.Tens
 
     A packed tensor that is damaged, or is none, is a ValueError with its name.
     """
-    return {name: _decode(Reader(name, tensor)) for name, tensor in packed.items()}
+    return {name: decode_tensor(Reader(name, tensor)) for name, tensor in packed.items()}
+
+
+def weighted_sum(name: str, terms: list[tuple[float, torch.Tensor]]) -> torch.Tensor:
+    """One packed tensor that decodes to the sum of weight * packed tensor, exactly. It holds them as they are."""
+    weights, parts = [], []
+    for weight, packed in terms:
+        reader = Reader(name, packed)
+        own = _read_terms(reader) if reader.form == WEIGHTED_SUM else [(1.0, reader.packed)]
+        weights += [weight * inner for inner, _ in own]
+        parts += [part for _, part in own]
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.int32)
+    return join(WEIGHTED_SUM, len(parts), reader.shape, [torch.tensor(weights), sizes, *parts])
 
 
 def disk_bytes(packed: Mapping[str, torch.Tensor]) -> int:
@@ -196,7 +209,34 @@ def _read_groups(reader, shape):
     return dequantize(Quantized(codes, values)).view(shape)
 
 
-def _decode(reader):
+def _read_terms(reader):
+    weights = reader.floats(max(reader.rank, 0)).tolist()
+    sizes = reader.take(len(weights), torch.int32).tolist()
+    terms = [(weight, reader.take(max(size, 0), torch.uint8)) for weight, size in zip(weights, sizes, strict=True)]
+    reader.end()
+    return terms
+
+
+def _decode_sum(reader):
+    if reader.rank < 1:
+        reader.fail(f"it is a sum of {reader.rank} terms")
+    tensors = []
+    for weight, packed in _read_terms(reader):
+        part = Reader(reader.name, packed)
+        if part.shape != reader.shape or part.form == WEIGHTED_SUM:
+            reader.fail(f"one of its terms has shape {tuple(part.shape)} and form {part.form}")
+        tensors.append((weight, decode_tensor(part)))
+    if all(isinstance(tensor, LowRank) for _, tensor in tensors):
+        b, a = (
+            torch.cat([getattr(tensor, side) for _, tensor in tensors], axis) for side, axis in (("b", 1), ("a", 0))
+        )
+        return LowRank(b, a, torch.cat([weight * tensor.scale for weight, tensor in tensors]))
+    return sum(weight * (tensor.dense() if isinstance(tensor, LowRank) else tensor) for weight, tensor in tensors)
+
+
+def decode_tensor(reader: Reader) -> LowRank | torch.Tensor:
+    if reader.form == WEIGHTED_SUM:
+        return _decode_sum(reader)
     shape, rank = reader.shape, reader.rank
     m, n = _sides(shape)
     low_rank = reader.form in (SEMIDISCRETE, TRUNCATED_SVD)
@@ -217,6 +257,6 @@ def _decode(reader):
         u, v = (_read_groups(reader, (side, rank)) for side in (m, n))
         tensor = LowRank(u, v.T.contiguous(), s)
     else:
-        reader.fail(f"its form is {reader.form}, which is none of 0 to {SIGNS}")
+        reader.fail(f"its form is {reader.form}, which is none of 0 to {WEIGHTED_SUM}")
     reader.end()
     return tensor if low_rank and len(shape) == 2 else (tensor.dense() if low_rank else tensor).view(shape)

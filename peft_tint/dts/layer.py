@@ -8,7 +8,8 @@ from torch import nn
 from .._wrapped_layer import RootLayer, WrappedLayer
 from ..experts import fit_features
 from ..task_vectors import LowRank, TaskVectors
-from .codec import decode
+from ._packing import Reader
+from .codec import decode_tensor
 
 
 class Tensors(nn.Module):
@@ -81,17 +82,17 @@ class DtsLayer(WrappedLayer):
 
     def _decode(self, adapter_name, full_name, packed, weight):
         try:
-            (decoded,) = decode({full_name: packed}).values()
+            reader = Reader(full_name, packed)
+            if reader.shape == weight.shape:  # of a damaged file it may be huge
+                decoded = decode_tensor(reader)
         except ValueError as error:
             raise ValueError(f"Adapter {adapter_name!r}: {error} Download or save it again.") from error
-        low_rank = isinstance(decoded, LowRank)
-        shape = (decoded.b.shape[0], decoded.a.shape[1]) if low_rank else decoded.shape
-        if tuple(shape) != tuple(weight.shape):
+        if reader.shape != weight.shape:
             raise ValueError(
-                f"Adapter {adapter_name!r}: {full_name!r} has shape {tuple(shape)}, in the base model it has "
+                f"Adapter {adapter_name!r}: {full_name!r} has shape {tuple(reader.shape)}, in the base model it has "
                 f"{tuple(weight.shape)}. Use the base model that the adapter was made for."
             )
-        if not low_rank:
+        if not isinstance(decoded, LowRank):
             return TaskVectors({0: decoded.to(weight)}, {}).to(weight.device)
         if decoded.a.is_floating_point():
             decoded = LowRank(decoded.b.to(weight), decoded.a.to(weight), decoded.scale)

@@ -1,5 +1,7 @@
 """DTS: fine-tunes of one base model as small adapters, one per task."""
 
+import dataclasses
+import math
 import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -37,7 +39,7 @@ from ..experts import (
     set_labels,
 )
 from ..task_vectors import LazyTensors, compute_task_vector
-from .codec import encode
+from .codec import encode, weighted_sum
 from .config import DtsConfig
 from .layer import DtsLayer, RootDtsLayer
 
@@ -87,7 +89,8 @@ def find_parts(config: DtsConfig, model: nn.Module, modules: dict[str, nn.Module
     for name, module in modules.items():
         if is_under(name, in_head) and not is_under(name, units, strictly=True) and not isinstance(module, CONTAINERS):
             buffers = set(dict(module.named_buffers(recurse=False))) - module._non_persistent_buffers_set
-            if names := [*own_parameters(module), *sorted(buffers)]:
+            names = [*own_parameters(module), *sorted(buffers)]
+            if names := [leaf for leaf in names if join(name, leaf) not in unchanged]:
                 head[name] = names
     return Parts(changed, head, tied)
 
@@ -128,6 +131,80 @@ class DtsModel(WrappingTuner):
     def _show_labels(self, adapters):
         labels = [self.peft_config[adapter].labels for adapter in adapters if adapter in self.peft_config]
         set_labels(self.model, (labels and labels[-1]) or self._base_labels)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, head: str | None = None
+    ) -> None:
+        """Adds, without data, an adapter for a task that has none: base + sum_k weight_k * (task vector of adapter k).
+
+        It is exact: the adapter holds the codes of all the others and the weights, so it takes as many bytes as they
+        do together, and it saves, loads and computes at the sum of their ranks. `weights` may come from
+        `description_similarity` or `weight_similarity`; they are used as they are.
+
+        `head` is the adapter whose head and labels it takes, "__base__" for those of the base model. `None` (default)
+        takes the one that all `adapters` have; ValueError if they differ, and for adapters that there are not.
+        """
+        self._check_fusion(adapters, weights, adapter_name, head)
+        layers = [
+            (plain_name(name), layer) for name, layer in self.model.named_modules() if isinstance(layer, DtsLayer)
+        ]
+        contents = {}
+        for name, layer in layers:
+            terms = {}
+            for weight, adapter in zip(weights, adapters, strict=True):
+                for leaf, packed in layer.dts_codes[adapter].items() if adapter in layer.dts_codes else ():
+                    terms.setdefault(leaf, []).append((float(weight), packed))
+            name = "" if name == ROOT else name
+            contents |= {("dts_codes", name, leaf): weighted_sum(join(name, leaf), own) for leaf, own in terms.items()}
+        head = self._common_head(layers, adapters) if head is None else head
+        labels = self._base_labels if head == BASE else self.peft_config[head].labels
+        for name, layer in layers:
+            for leaf, tensor in layer.dts_head[head].items() if head in layer.dts_head else ():
+                contents["dts_head", "" if name == ROOT else name, leaf] = tensor
+        first = self.peft_config[adapters[0]]
+        config = dataclasses.replace(
+            first, expert=None, target_modules=None, exclude_modules=None, labels=labels, unchanged=[]
+        )
+        parts = find_parts(config, self.model, dict(plain_modules(self.model)))
+        places = [("dts_codes", parts.changed), ("dts_head", parts.head)]
+        config.unchanged = [
+            join(name, leaf)
+            for kind, owners in places
+            for name, own in owners.items()
+            for leaf in own
+            if (kind, name, leaf) not in contents
+        ]
+        config.contents_in_memory = contents
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
+
+    def _check_fusion(self, adapters, weights, adapter_name, head):
+        known = ", ".join(map(repr, self.peft_config))
+        for name in {*adapters, *([] if head in (None, BASE) else [head])} - set(self.peft_config):
+            raise ValueError(f"There is no adapter {name!r}; the adapters are {known}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already; use another name, or delete it first.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"There are {len(adapters)} `adapters` and {len(weights)} `weights`; give one for each.")
+        for weight in weights:
+            if not math.isfinite(weight):
+                raise ValueError(f"`weights` has {weight}; they must be finite.")
+
+    def _common_head(self, layers, adapters):
+        first, *others = adapters
+        for name, layer in layers:
+            own = [dict(layer.dts_head[a].items()) if a in layer.dts_head else {} for a in adapters]
+            for adapter, tensors in zip(others, own[1:], strict=True):
+                if tensors.keys() != own[0].keys() or not all(torch.equal(t, own[0][k]) for k, t in tensors.items()):
+                    raise ValueError(
+                        f"{name!r} belongs to the head, in which the adapters {first!r} and {adapter!r} differ. Give "
+                        f"`head=`, the adapter whose head to take, or {BASE!r} for the base model's."
+                    )
+        return first
 
     # ---- mixed batches -----------------------------------------------------------------------------------------------
 
@@ -184,7 +261,8 @@ class DtsModel(WrappingTuner):
         modules = dict(plain_modules(model))
         tensors, buffers = named_tensors(modules)
         check_unquantised(model, tensors, buffers)
-        self._parts, self._contents = find_parts(config, model, modules), {}
+        self._parts = find_parts(config, model, modules)
+        self._contents = config.__dict__.pop("contents_in_memory", {})
         if config.is_compressed:
             return
         if config.init_weights and source is None:
