@@ -358,15 +358,29 @@ def test_state_dicts_and_lora_experts(bert):
 
 
 @pytest.mark.filterwarnings("ignore:The head of expert")
-def test_merged_backbone_as_reference(bert, tmp_path):
-    """DTS-D: the adapters of tasks on a merged model."""
-
-    def backbone():
-        return peft_tint.merge(load(bert[0]), bert[1], "average").eval()
-
-    model = get_peft_model(backbone(), DtsConfig(expert=bert[1]["b"], **SMALL)).eval()
+@pytest.mark.parametrize("kind", ["average", "tint"])
+def test_merged_backbone_as_reference(bert, tmp_path, kind):
+    """DTS-D: a merged model, or that of a tint, and one adapter per task are one deployment."""
+    if kind == "average":
+        backbone = peft_tint.merge(load(bert[0]), bert[1], "average").eval()
+    else:
+        tint = get_peft_model(load(bert[0]), peft_tint.TintConfig(experts=bert[1], coefficient_init=0.4))
+        backbone = tint.merge_and_unload(task="a").eval()
+    backbone.save_pretrained(tmp_path / "backbone")
+    model = backbone
+    for task in ("b", "score"):
+        model = peft_tint.compress(model, load(bert[1][task]), task, rank_ratio=1.0)
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(backbone(), tmp_path).eval()), logits(model))
+    again = PeftModel.from_pretrained(load(tmp_path / "backbone"), tmp_path / "b", "b")
+    again.load_adapter(tmp_path / "score", "score")
+    for task in ("b", "score"):
+        model.eval().set_adapter(task)
+        again.eval().set_adapter(task)
+        assert torch.equal(logits(again), logits(model))
+        expected = logits(load(bert[1][task]))
+        assert float((logits(model) - expected).norm() / expected.norm()) < 0.2
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(load(tmp_path / "backbone")))
 
 
 def test_a_higher_rank_is_nearer_to_the_expert(bert):
