@@ -69,6 +69,11 @@ def named_tensors(modules: dict[str, nn.Module]) -> tuple[dict[str, torch.Tensor
     return tensors, buffers
 
 
+def float_bytes(tensors: dict[str, torch.Tensor], buffers: set[str]) -> int:
+    """What the parameters take in float32, of which a `budget` is a fraction."""
+    return 4 * sum({id(t): t.numel() for name, t in tensors.items() if name not in buffers}.values())
+
+
 def find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """The names of the modules that make a task's output of the backbone's features; [] where there are none.
 

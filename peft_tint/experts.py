@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -33,6 +34,7 @@ from transformers.utils import cached_file, find_adapter_config_file
 from .task_vectors import LazyTensors, LowRank, compute_task_vector
 
 REFERENCE_KEYS = ("id", "revision", "subfolder")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Settings, by their names in various models, that change what a model computes but the shape of no tensor.
 FORWARD_SETTINGS = (
     *("hidden_act", "hidden_activation", "activation", "activation_function", "feed_forward_proj"),
@@ -147,6 +149,13 @@ def absolute_reference(source: str | dict) -> str | dict:
     if not os.path.isdir(location):
         return source
     return os.path.abspath(location) if isinstance(source, str) else {**source, "id": os.path.abspath(location)}
+
+
+def hub_reference(source: str | Mapping | None) -> str | Mapping | None:
+    """A reference as an adapter records it that does not need the expert: None for a local folder."""
+    location = source["id"] if isinstance(source, Mapping) else source
+    is_local = location is not None and (os.path.isdir(location) or not HUB_ID.fullmatch(location))
+    return None if is_local else source
 
 
 def _check_folder(task, folder):
@@ -529,6 +538,13 @@ def labels_of(config) -> dict:
     if not getattr(config, "id2label", None):
         return {}
     return {field: copy.copy(getattr(config, field)) for field in LABEL_FIELDS if hasattr(config, field)}
+
+
+def labels_from_json(labels: dict) -> dict:
+    """What `labels_of` took, as it was before JSON made the class indices strings."""
+    if not labels.get("id2label"):
+        return labels
+    return {**labels, "id2label": {int(index): name for index, name in labels["id2label"].items()}}
 
 
 def set_labels(model, labels: dict) -> None:

@@ -1,17 +1,14 @@
 """The configuration of DTS."""
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..experts import REFERENCE_KEYS
+from ..experts import REFERENCE_KEYS, hub_reference, labels_from_json
 from .codec import CODECS
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass
@@ -84,10 +81,9 @@ class DtsConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self._check_expert()
-        self._check_size()
-        if self.labels and self.labels.get("id2label"):  # whose keys JSON makes strings
-            names = {int(index): name for index, name in self.labels["id2label"].items()}
-            self.labels = {**self.labels, "id2label": names}
+        encode_arguments(self.codec, self.budget, self.rank_ratio)
+        if self.labels is not None:
+            self.labels = labels_from_json(self.labels)
 
     def _check_expert(self):
         if isinstance(self.expert, os.PathLike):
@@ -102,29 +98,29 @@ class DtsConfig(PeftConfig):
                 "state dict in memory to `peft_tint.compress(base, expert)`."
             )
 
-    def _check_size(self):
-        if self.codec not in CODECS:
-            raise ValueError(f"`codec` is {self.codec!r}; it must be one of {', '.join(map(repr, CODECS))}.")
-        takes = CODECS[self.codec]
-        if self.rank_ratio is not None and "rank_ratio" not in takes:
-            raise ValueError(f"`rank_ratio` is {self.rank_ratio!r}, but the codec {self.codec!r} takes none.")
-        if self.rank_ratio is None and takes == ("rank_ratio",):
-            raise ValueError(f"The codec {self.codec!r} has no budget; give a `rank_ratio`, such as 0.08.")
-        for name in ("budget", "rank_ratio"):
-            value = getattr(self, name)
-            if name == "rank_ratio" and value is None:
-                continue
-            if not isinstance(value, int | float) or not 0 < value <= 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be a number above 0 and at most 1.")
-
     @property
-    def size(self) -> dict:
-        """What `encode` takes to decide the size."""
-        if self.rank_ratio is not None:
-            return {"rank_ratio": self.rank_ratio}
-        return {"budget": self.budget} if "budget" in CODECS[self.codec] else {}
+    def encode_arguments(self) -> dict:
+        """The codec, and what decides the size, as `encode` takes them."""
+        return encode_arguments(self.codec, self.budget, self.rank_ratio)
 
     def to_dict(self):
-        location = self.expert["id"] if isinstance(self.expert, Mapping) else self.expert
-        is_local = location is not None and (os.path.isdir(location) or not HUB_ID.fullmatch(location))
-        return {**super().to_dict(), **({"expert": None} if is_local else {})}
+        return {**super().to_dict(), "expert": hub_reference(self.expert)}
+
+
+def encode_arguments(codec: str = "semidiscrete", budget: float = 0.01, rank_ratio: float | None = None) -> dict:
+    """What `encode` takes of these: a `rank_ratio` in the place of the budget. Raises ValueError for what is wrong."""
+    if codec not in CODECS:
+        raise ValueError(f"`codec` is {codec!r}; it must be one of {', '.join(map(repr, CODECS))}.")
+    takes = CODECS[codec]
+    if rank_ratio is not None and "rank_ratio" not in takes:
+        raise ValueError(f"`rank_ratio` is {rank_ratio!r}, but the codec {codec!r} takes none.")
+    if rank_ratio is None and takes == ("rank_ratio",):
+        raise ValueError(f"The codec {codec!r} has no budget; give a `rank_ratio`, such as 0.08.")
+    for name, value in {"budget": budget, "rank_ratio": rank_ratio}.items():
+        if name == "rank_ratio" and value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 < value <= 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be a number above 0 and at most 1.")
+    if rank_ratio is not None:
+        return {"codec": codec, "rank_ratio": rank_ratio}
+    return {"codec": codec, "budget": budget} if "budget" in takes else {"codec": codec}

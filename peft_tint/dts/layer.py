@@ -8,8 +8,7 @@ from torch import nn
 from .._wrapped_layer import RootLayer, WrappedLayer
 from ..experts import fit_features
 from ..task_vectors import LowRank, TaskVectors
-from ._packing import Reader
-from .codec import decode_tensor
+from ._saved import check_whole, decode_for
 
 
 class Tensors(nn.Module):
@@ -65,38 +64,18 @@ class DtsLayer(WrappedLayer):
 
     def take(self, kind: str, adapter_name: str, name: str, tensor: torch.Tensor, full_name: str) -> None:
         """Puts in place what an adapter has of the parameter `name`. Raises ValueError for what cannot be right."""
-        weight = self._parameter(name)
+        weight, owner = self._parameter(name), f"Adapter {adapter_name!r}"
         if kind == "dts_codes":
-            vectors = self._decode(adapter_name, full_name, tensor, weight)
-            self.dts_decoded[adapter_name][name.replace(".", "/")] = vectors
-        elif tensor.ndim != weight.ndim or not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"Adapter {adapter_name!r}: {full_name!r} has shape {tuple(tensor.shape)}, or NaN or Inf. The base's "
-                f"has shape {tuple(weight.shape)}. The adapter is broken, or another model's."
-            )
+            change = decode_for(owner, full_name, tensor, weight)
+            terms = ({}, {0: change}) if isinstance(change, LowRank) else ({0: change}, {})
+            self.dts_decoded[adapter_name][name.replace(".", "/")] = TaskVectors(*terms).to(weight.device)
+        else:
+            check_whole(owner, full_name, tensor, weight)
         getattr(self, kind)[adapter_name].put(name, tensor.detach().to(weight.device, copy=True))
 
     def _parameter(self, name):
         owner, _, leaf = name.rpartition(".")
         return getattr(self.base_layer.get_submodule(owner), leaf).detach()
-
-    def _decode(self, adapter_name, full_name, packed, weight):
-        try:
-            reader = Reader(full_name, packed)
-            if reader.shape == weight.shape:  # of a damaged file it may be huge
-                decoded = decode_tensor(reader)
-        except ValueError as error:
-            raise ValueError(f"Adapter {adapter_name!r}: {error} Download or save it again.") from error
-        if reader.shape != weight.shape:
-            raise ValueError(
-                f"Adapter {adapter_name!r}: {full_name!r} has shape {tuple(reader.shape)}, in the base model it has "
-                f"{tuple(weight.shape)}. Use the base model that the adapter was made for."
-            )
-        if not isinstance(decoded, LowRank):
-            return TaskVectors({0: decoded.to(weight)}, {}).to(weight.device)
-        if decoded.a.is_floating_point():
-            decoded = LowRank(decoded.b.to(weight), decoded.a.to(weight), decoded.scale)
-        return TaskVectors({}, {0: decoded}).to(weight.device)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """The sizes of codes and heads are the file's."""

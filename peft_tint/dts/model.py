@@ -18,6 +18,7 @@ from .._structure import (
     CONTAINERS,
     find_head,
     find_vocabulary,
+    float_bytes,
     is_target,
     is_under,
     join,
@@ -303,16 +304,13 @@ class DtsModel(WrappingTuner):
             for leaf in own
         }
         names = {saved: join(*place) for saved, place in places.items()}
-        size = config.size
-        if "budget" in size:
-            parameters = {id(t): t.numel() for name, t in tensors.items() if name not in buffers}
-            size["base_bytes"] = 4 * sum(parameters.values())
 
         def change(saved):
             weight = tensors[names[saved]].detach()
             return compute_task_vector(of_expert[id(tensors[names[saved]])].to(weight.device), weight)
 
-        packed = encode(LazyTensors(names, change), config.codec, **size)
+        base_bytes = float_bytes(tensors, buffers)
+        packed = encode(LazyTensors(names, change), **config.encode_arguments, base_bytes=base_bytes)
         config.unchanged = [name for saved, name in names.items() if saved not in packed]
         if not packed:
             warnings.warn("The expert has the base model's weights, so the adapter adds nothing to them.", stacklevel=2)

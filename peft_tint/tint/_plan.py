@@ -6,6 +6,7 @@ So an expert that does not fit leaves the model as it was.
 import copy
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from .._structure import (
     find_head,
     find_layers,
     find_vocabulary,
+    float_bytes,
     has_parameters,
     is_under,
     join,
@@ -28,7 +30,10 @@ from .._structure import (
     unit_name,
 )
 from .._wrapped_layer import UNITS
+from ..dts._saved import check_whole, decode_for
+from ..dts.config import encode_arguments
 from ..experts import (
+    Expert,
     check_expert,
     check_unquantised,
     expert_labels,
@@ -39,6 +44,7 @@ from ..experts import (
 from ..merging import transform_task_vectors
 from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector
 from ._auto import choose_tint_layer
+from ._saved_experts import pack_expert, split_experts
 from ._start import starting_coefficients
 from .config import TintConfig
 
@@ -55,6 +61,8 @@ class Plan:
     labels: dict[str, dict]  # task -> label fields of the config
     unmerged: dict[str, dict[str, torch.Tensor]]  # task -> parameter that differs but is no target -> the expert's
     start: dict[str, list[float]]  # unit -> the tasks' coefficients, where a merge decides how they start
+    packed: dict[str, torch.Tensor]  # the experts as they are to be saved, where the config wants them so
+    unchanged: dict[str, list[str]]  # task -> the tensors of which nothing is saved
 
 
 class Base(NamedTuple):
@@ -84,7 +92,8 @@ def planned_task_vector(plan: Plan, base: Base, index: int) -> LazyTensors:
 def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool = True) -> Plan:
     """Loads and checks the experts in `sources`, {task: reference or expert in memory}, one at a time.
 
-    `start=False` leaves out the starting coefficients, where they will be loaded."""
+    For a saved adapter that has its experts in it, `sources` are only their names. `start=False` leaves out the
+    starting coefficients, where they will be loaded."""
     modules = dict(plain_modules(model))
     tensors, buffers = named_tensors(modules)
     check_unquantised(model, tensors, buffers)
@@ -110,15 +119,14 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
     }
     per_task = {name for name in tensors if is_under(name, trainable)}
     base = Base(model, modules, tensors, buffers, per_task, owned)
-    plan = Plan(trainable, tied, {}, {name: {} for name in trainable}, {}, {}, {}, {})
+    plan = Plan(trainable, tied, {}, {name: {} for name in trainable}, {}, {}, {}, {}, {}, {})
     dense, low_rank = ({name: {} for name in owned} for _ in range(2))  # tensor -> index of task -> what it changed
-    vocabulary = find_vocabulary(model, tensors)
     # under PEFT's `low_cpu_mem_usage` modules are made on the meta device, where an expert would lose its weights
     with _skip_init_on_device():
-        for index, (task, source) in enumerate(sources.items()):
-            expert = match_vocabulary(load_expert(task, source, model), tensors, vocabulary, common=False)
-            check_expert(expert, tensors, per_task, buffers - per_task, getattr(model, "config", None))
-            _add_expert(plan, base, expert, index, dense, low_rank)
+        if config.is_packed:
+            _unpack_experts(plan, base, config, dense, low_rank)
+        else:
+            _load_experts(plan, base, sources, dense, low_rank)
         for name, (module, leaf) in owned.items():
             plan.task_vectors.setdefault(module, {})
             # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
@@ -126,6 +134,8 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
                 plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name))
     _drop_unchanged(plan)
     task_vectors = {task: planned_task_vector(plan, base, index) for index, task in enumerate(sources)}
+    if config.save_experts == "dts" and not config.is_packed:
+        _pack_experts(plan, base, config, task_vectors)
     if config.transform is not None:
         _transform(plan, base, task_vectors, config)
     if isinstance(config.coefficient_init, str) and config.init_weights and start:
@@ -161,6 +171,15 @@ def _start(plan, base, task_vectors, config):
     return starting_coefficients(task_vectors, units, method, bounds, **config.coefficient_init_kwargs)
 
 
+def _load_experts(plan, base, sources, dense, low_rank):
+    vocabulary = find_vocabulary(base.model, base.tensors)
+    for index, (task, source) in enumerate(sources.items()):
+        expert = match_vocabulary(load_expert(task, source, base.model), base.tensors, vocabulary, common=False)
+        config = getattr(base.model, "config", None)
+        check_expert(expert, base.tensors, base.per_task, base.buffers - base.per_task, config)
+        _add_expert(plan, base, expert, index, dense, low_rank)
+
+
 def _add_expert(plan, base, expert, index, dense, low_rank):
     """Accounts for each tensor of an expert: it is merged, the task's own, or kept as it is for `TintModel.expert`."""
     of_expert = expert.by_tensor(base.tensors)
@@ -187,6 +206,64 @@ def _add_expert(plan, base, expert, index, dense, low_rank):
         if id(tensor) not in merged and name not in base.per_task | base.buffers
         if not torch.equal(of_expert[id(tensor)].to(tensor), tensor)
     }
+
+
+def _changeable(base):
+    """The tensors of which an expert is saved as a task vector, tied ones by one name: those that are merged, and the
+    parameters that are no target."""
+    names, others = {}, base.per_task | base.buffers
+    for name in (*base.owned, *base.tensors):
+        if name not in others:
+            names.setdefault(id(base.tensors[name]), name)
+    return list(names.values())
+
+
+def _pack_experts(plan, base, config, task_vectors):
+    """Compresses the experts as they are before a transform, for `TintModel` to save."""
+    arguments = encode_arguments(**config.save_experts_kwargs)
+    base_bytes = float_bytes(base.tensors, base.buffers)
+    for task, merged in task_vectors.items():
+        task_vector = LazyTensors(_changeable(base), partial(_change, plan, base, task, merged))
+        whole = {
+            join(name, leaf): tensor
+            for name, copies in plan.expert_modules.items()
+            for leaf, tensor in copies[task].state_dict().items()
+        }
+        packed, unchanged = pack_expert(task, task_vector, whole, base_bytes=base_bytes, **arguments)
+        plan.packed |= packed
+        plan.unchanged[task] = unchanged
+
+
+def _change(plan, base, task, merged, name):
+    if name in merged:
+        return merged[name]
+    weight = base.tensors[name].detach()
+    return compute_task_vector(plan.unmerged[task].get(name, weight), weight)
+
+
+def _unpack_experts(plan, base, config, dense, low_rank):
+    """As `_add_expert` for each expert of a saved adapter. Raises ValueError where it does not fit the base."""
+    experts = split_experts(config.packed_experts, _changeable(base), base.per_task, config.unchanged)
+    for index, task in enumerate(config.tasks):
+        owner, (codes, whole) = f"Expert {task!r}", experts[task]
+        plan.unmerged[task] = {}
+        for name, packed in codes.items():
+            weight = base.tensors[name].detach()
+            change = decode_for(owner, name, packed, weight)
+            if name not in base.owned:
+                change = change.dense() if isinstance(change, LowRank) else change
+                plan.unmerged[task][name] = (weight + change).to(weight.dtype)
+            elif isinstance(change, LowRank):
+                low_rank[name][index] = change
+            else:
+                dense[name][index] = change
+        for name, tensor in whole.items():
+            check_whole(owner, name, tensor, base.tensors[name])
+        of_expert = {id(base.tensors[name]): tensor for name, tensor in whole.items()}
+        for name, copies in plan.expert_modules.items():
+            expert = Expert(task, whole, None, None)
+            copies[task] = expert_module(expert, name, base.modules[name], base.tensors, of_expert)
+        plan.labels[task] = config.labels[task]
 
 
 def _drop_unchanged(plan):

@@ -7,11 +7,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from peft import load_peft_weights
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..experts import REFERENCE_KEYS
+from ..dts.config import encode_arguments
+from ..experts import REFERENCE_KEYS, hub_reference, labels_from_json
 from ..merging import MERGING_METHODS, check_method, check_transform
+from ._saved_experts import PREFIX
 
 TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -64,6 +67,19 @@ class TintConfig(PeftConfig):
             and `"tsv"`. The experts, and their pseudo-labels, stay what they are, which takes their task vectors again.
         transform_kwargs (`dict`):
             The transform's arguments, such as `{"density": 0.2}`.
+        save_experts (`str`):
+            What a saved adapter has of the experts. `"reference"` (default): their Hub ids and folders, from which they
+            are loaded again. `"dts"`: the experts, as compressed task vectors
+            ([Decomposition, Thresholding and Scaling](https://arxiv.org/abs/2512.01461)), with their own heads and tint
+            layers whole; such an adapter is loaded with no expert at hand, and experts held in memory can be saved.
+            They are compressed once, when the model is made, which takes seconds an expert. That model keeps the exact
+            experts; one that is loaded from the adapter has the compressed ones. Its coefficients and tint layers are
+            those that were saved, its other weights and the experts' predictions are a little off (the README has
+            figures), and saved again its experts are the same. The factors of a LoRA expert are compressed like any
+            others, and gain nothing by a higher budget.
+        save_experts_kwargs (`dict`):
+            With `"dts"`: `budget` (0.01), the bytes of a task's vectors as a fraction of the base's in float32, or
+            `rank_ratio` instead, and `codec`, as in [`DtsConfig`].
         init_weights (`bool`):
             `False` starts from random coefficients.
         layers_to_transform (`list[int] | int`, *optional*):
@@ -75,6 +91,11 @@ class TintConfig(PeftConfig):
         tasks (`list[str]`, *optional*):
             The order of the tasks, that of `experts` by default. A saved configuration needs it, since PEFT sorts the
             keys of its JSON file and the rows of the coefficients have no names.
+        labels (`dict[str, dict]`, *optional*):
+            With `save_experts="dts"`, filled in when the experts are compressed: the fields of the model's config that
+            name each task's labels.
+        unchanged (`dict[str, list[str]]`, *optional*):
+            Filled in likewise: the tensors that each expert has not changed, of which nothing is saved.
     """
 
     experts: dict[str, str | dict] | None = field(
@@ -117,6 +138,15 @@ class TintConfig(PeftConfig):
         metadata={"help": "Put each task's part in this merge in the place of its task vector: 'ties', 'dare', ..."},
     )
     transform_kwargs: dict = field(default_factory=dict, metadata={"help": "The transform's arguments."})
+    save_experts: Literal["reference", "dts"] = field(
+        default="reference",
+        metadata={
+            "help": "Saved adapters name their experts (reference), or hold them as compressed task vectors (dts)."
+        },
+    )
+    save_experts_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "Of 'dts': `budget` (0.01) or `rank_ratio`, and `codec`."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False: random coefficients."})
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "The indices of the blocks to merge."}
@@ -129,6 +159,12 @@ class TintConfig(PeftConfig):
     )
     tasks: list[str] | None = field(
         default=None, metadata={"help": "The order of the tasks; None: that of experts. Saved files keep it here."}
+    )
+    labels: dict[str, dict] | None = field(
+        default=None, metadata={"help": "Label fields of each task; filled in with save_experts='dts'."}
+    )
+    unchanged: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "Tensors that each expert has not changed; filled in with save_experts='dts'."}
     )
 
     def __post_init__(self):
@@ -146,6 +182,7 @@ class TintConfig(PeftConfig):
                 "expression, or give a list of module names."
             )
         self._check_experts()
+        self._check_saving()
         self._check_coefficients()
         if isinstance(self.tint_layer, tuple):
             self.tint_layer = list(self.tint_layer)
@@ -182,6 +219,47 @@ class TintConfig(PeftConfig):
             raise ValueError(f"`tasks` is {self.tasks!r}, `experts` names {list(self.experts)}; name the same ones.")
         self.tasks = list(self.tasks or self.experts)
         self.experts = {task: self.experts[task] for task in self.tasks}
+
+    def _check_saving(self):
+        _check_choice("save_experts", self.save_experts, ("reference", "dts"))
+        # so it comes from a saved adapter, whose `packed_experts` (no field, so never in the JSON) are in its weights
+        self.is_packed = self.save_experts == "dts" and self.unchanged is not None
+        if self.save_experts == "reference" and self.save_experts_kwargs:
+            raise ValueError(
+                f"`save_experts_kwargs` is {self.save_experts_kwargs!r}; set `save_experts='dts'`, which takes them."
+            )
+        try:
+            encode_arguments(**self.save_experts_kwargs)
+        except (TypeError, ValueError) as error:
+            reason = str(error).removesuffix(".")
+            raise ValueError(
+                f"`save_experts_kwargs` is {self.save_experts_kwargs!r}: {reason}. It may have `budget`, `rank_ratio` "
+                "and `codec`."
+            ) from error
+        if self.is_packed:
+            for field in ("labels", "unchanged"):
+                of_tasks = getattr(self, field)
+                if not isinstance(of_tasks, dict) or sorted(of_tasks) != sorted(self.tasks or ()):
+                    raise ValueError(
+                        f"`{field}` names the tasks {list(of_tasks or ())}, `experts` names {self.tasks}. The "
+                        "adapter's configuration is damaged; download or save it again."
+                    )
+            self.labels = {task: labels_from_json(self.labels[task]) for task in self.tasks}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if getattr(config, "is_packed", False):
+            # PEFT loads the weights when the model has its layers, and those depend on the experts
+            where, _, _ = cls._split_kwargs(kwargs)
+            weights = load_peft_weights(pretrained_model_name_or_path, device="cpu", subfolder=subfolder, **where)
+            config.packed_experts = {key: tensor for key, tensor in weights.items() if key.startswith(PREFIX)}
+        return config
+
+    def to_dict(self):
+        if self.save_experts == "reference" or self.experts is None:
+            return super().to_dict()
+        return {**super().to_dict(), "experts": {t: hub_reference(source) for t, source in self.experts.items()}}
 
     def _check_coefficients(self):
         init = self.coefficient_init

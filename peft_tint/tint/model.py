@@ -23,6 +23,7 @@ from .._structure import find_head, is_target, named_tensors, plain_modules, uni
 from .._wrapped_layer import WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
 from ..experts import absolute_reference, labels_of, set_labels
 from ._plan import make_plan
+from ._saved_experts import is_expert_key
 from .config import TintConfig
 from .merged_layer import MergedLayer, RootMergedLayer
 from .tint_layer import TintLayer
@@ -42,7 +43,8 @@ def from_experts(base: nn.Module, experts: dict, **config):
     """As `get_peft_model(base, TintConfig(...))`, for experts held in memory.
 
     `experts` is {task: module, PeftModel or state dict}, `config` the other fields of `TintConfig`. The experts are
-    only read. The result cannot be saved, since its adapter could not say where they are; `merge_and_unload` can.
+    only read. With `save_experts="dts"` the result can be saved, with the experts in it; else its adapter could not say
+    where they are.
     """
     config = TintConfig(experts=dict.fromkeys(experts), **config)
     config.experts_in_memory = experts  # no dataclass field, so it is never saved
@@ -69,13 +71,14 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         raise ValueError(f"There is no adapter {adapter_name!r}; there are {', '.join(map(repr, model.peft_config))}.")
     if any(module.merged for module in model.modules() if isinstance(module, MergedLayer)):
         raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` first.")
-    ours, theirs = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **kwargs)
-    structure = ("peft_type", "experts", "tasks", "target_modules", "exclude_modules", "tint_layer", "granularity")
-    for field in (*structure, "coefficient_bounds", "transform", "transform_kwargs"):
-        if getattr(ours, field) != getattr(theirs, field, None):
+    configs = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **kwargs)
+    ours, theirs = (config.to_dict() for config in configs)
+    experts = ("peft_type", "save_experts", "experts", "tasks", "transform", "transform_kwargs")
+    for field in (*experts, "target_modules", "exclude_modules", "tint_layer", "granularity", "coefficient_bounds"):
+        if ours[field] != theirs.get(field):
             raise ValueError(
-                f"The tint in {model_id!r} has {field}={getattr(theirs, field, None)!r}, the adapter {adapter_name!r} "
-                f"has {getattr(ours, field)!r}. Load it with `load_adapter` instead."
+                f"The tint in {model_id!r} has {field}={theirs.get(field)!r}, the adapter {adapter_name!r} has "
+                f"{ours[field]!r}. Load it with `load_adapter` instead."
             )
     weights = load_peft_weights(model_id, device="cpu", **kwargs)
     wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -86,6 +89,11 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
             raise ValueError(
                 f"The tint in {model_id!r} has {name!r} of shape {tuple(weights[name].shape)}, the adapter "
                 f"{adapter_name!r} has {tuple(tensor.shape)}."
+            )
+        if is_expert_key(name) and not torch.equal(tensor, weights[name]):
+            raise ValueError(
+                f"The tint in {model_id!r} has other experts than the adapter {adapter_name!r}: {name!r} differs. Load "
+                "it with `load_adapter` instead."
             )
     set_peft_model_state_dict(model, weights, adapter_name)
 
@@ -422,14 +430,26 @@ class TintModel(WrappingTuner):
                     coefficients.data = coefficients.data.to(next(weights).dtype)
 
     def _prepare_model(self, config: TintConfig, model: nn.Module) -> None:
-        sources = config.__dict__.pop("experts_in_memory", config.experts)
+        sources, start = config.__dict__.pop("experts_in_memory", config.experts), not self._to_be_loaded
         if not sources:
             raise ValueError("`TintConfig.experts` is empty; give {task: Hub id or folder} of each expert.")
+        if config.is_packed:
+            if "packed_experts" not in vars(config):
+                raise ValueError(
+                    "The experts of this adapter are in the file of its weights, which transformers' `load_adapter` "
+                    "and `PeftConfig.from_pretrained` do not read before the model is made. Load the adapter by "
+                    "`PeftModel.from_pretrained(base, folder)`, or its configuration by `TintConfig.from_pretrained`."
+                )
+            self._plan = make_plan(config, model, sources, start)
+            return
         if None in sources.values():
             raise ValueError("These experts were held in memory and are gone; call `from_experts` with them again.")
-        self._plan = make_plan(config, model, sources, start=not self._to_be_loaded)
+        self._plan = make_plan(config, model, sources, start)
         if sources is config.experts:
             config.experts = {task: absolute_reference(source) for task, source in sources.items()}
+        if config.save_experts == "dts":
+            config.packed_experts = self._plan.packed  # no dataclass field, since tensors are no JSON
+            config.unchanged, config.labels = self._plan.unchanged, self._plan.labels
 
     def inject_adapter(self, model, adapter_name, *args, low_cpu_mem_usage=False, **kwargs):
         config = self.peft_config[adapter_name]
@@ -536,6 +556,8 @@ class TintModel(WrappingTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key, adapter_name):
+        if is_expert_key(key):
+            return key
         # without the marks of wrappers, for around a layer there may be one of another adapter
         if (copies := f".modules_to_save.{adapter_name}.copies.") in key:
             return plain_name(key.replace(copies, ".copies."))
@@ -544,10 +566,17 @@ class TintModel(WrappingTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        if None in config.experts.values():
+        if config.save_experts == "dts" and "packed_experts" not in vars(config):
             raise ValueError(
-                "These experts were held in memory, so a saved adapter could not say where they are. Save each with "
-                "`save_pretrained` and give the folders to TintConfig, or save `merge_and_unload(task=...)`."
+                "`save_experts` became 'dts' when the experts had been loaded, so they are not compressed. Save the "
+                "adapter with 'reference', and load it by `PeftModel.from_pretrained(base, folder, config=config)` "
+                "with a configuration that says 'dts'."
+            )
+        if config.save_experts == "reference" and None in config.experts.values():
+            raise ValueError(
+                "These experts were held in memory, so a saved adapter could not say where they are. Make the model "
+                "with `save_experts='dts'`, which saves them compressed, or save each with `save_pretrained` and give "
+                "the folders to TintConfig."
             )
         if vars(config).get("backbone_merged"):
             raise ValueError(
@@ -556,14 +585,19 @@ class TintModel(WrappingTuner):
             )
         ours = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # PEFT looks for none inside of another adapter's tint layer
-        return ours | {key: value for key, value in state_dict.items() if _is_saved(key, adapter_name)}
+        ours |= {key: value for key, value in state_dict.items() if _is_saved(key, adapter_name)}
+        experts = config.packed_experts if config.save_experts == "dts" else {}
+        if not isinstance(model, PeftModel):  # transformers adds the prefix to all that it saves
+            experts = {key.removeprefix("base_model.model."): tensor for key, tensor in experts.items()}
+        return ours | experts
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         keys = [key for key in model.state_dict() if _is_saved(key, adapter_name)]
         names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in keys}
         names |= {f"base_model.model.{saved}": key for saved, key in names.items()}  # of a model without a PeftModel
-        state_dict = {names.get(key, key): value for key, value in state_dict.items()}
+        # the experts are in the model already
+        state_dict = {names.get(key, key): value for key, value in state_dict.items() if not is_expert_key(key)}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
