@@ -1,6 +1,6 @@
 """python benchmarks/vision_merging.py --model MODEL --data FOLDER [--output benchmarks/results/vision_merging.json]
 
-Every data-free merging method on the experts of `vision_tint.py` (same arguments, same experts, same evaluation half):
+Every data-free merging method on the vision suite of `suites.py` (the arguments and experts of `vision_tint.py`):
 accuracy of the merged encoder under each expert's own head, and the CPU time of the merge.
 """
 
@@ -9,8 +9,8 @@ import time
 import warnings
 
 import torch
+from suites import add_suite_arguments, collate, prepare, save_result
 from transformers import AutoModelForImageClassification
-from vision_tint import add_suite_arguments, collate, prepare, save_result
 
 from peft_tint import MERGING_METHODS, merge
 
