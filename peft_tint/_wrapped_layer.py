@@ -1,5 +1,6 @@
 """A module that is wrapped so that its parameters are others while its forward runs, whatever the adapter's method."""
 
+import math
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -181,8 +182,9 @@ def adds_low_rank(module: nn.Module) -> bool:
 def low_rank_output(module, x, vectors, coefficients):
     """What sum_k lambda_k scale_k b_k a_k of the weight adds to the module's output for the input `x`."""
     a, b, c = vectors.a, vectors.b, vectors.rank_coefficients(coefficients)
-    if not a.is_floating_point():  # codes of DTS, of one byte each
-        a, b = a.to(module.weight.dtype), b.to(module.weight.dtype)
+    if not a.is_floating_point():  # codes of DTS, of one byte each; float16 could not hold sums of so many
+        shrink = 2.0 ** -math.ceil(math.log2(a[0].numel()))
+        a, b, c = a.to(module.weight.dtype) * shrink, b.to(module.weight.dtype), c / shrink
 
     def scaled(inner, c):  # not in float16, where the scales are next to zero
         return (inner * c).to(inner.dtype)

@@ -129,12 +129,13 @@ def decode(packed: Mapping[str, torch.Tensor]) -> dict[str, LowRank | torch.Tens
 
 def weighted_sum(name: str, terms: list[tuple[float, torch.Tensor]]) -> torch.Tensor:
     """One packed tensor that decodes to the sum of weight * packed tensor, exactly. It holds them as they are."""
-    weights, parts = [], []
+    sums = {}  # bytes of a part -> its weight, and it
     for weight, packed in terms:
         reader = Reader(name, packed)
-        own = _read_terms(reader) if reader.form == WEIGHTED_SUM else [(1.0, reader.packed)]
-        weights += [weight * inner for inner, _ in own]
-        parts += [part for _, part in own]
+        for inner, part in _read_terms(reader) if reader.form == WEIGHTED_SUM else [(1.0, reader.packed)]:
+            key = part.numpy().tobytes()
+            sums[key] = (sums.get(key, (0.0,))[0] + weight * inner, part)
+    weights, parts = zip(*sums.values(), strict=True)
     sizes = torch.tensor([len(part) for part in parts], dtype=torch.int32)
     return join(WEIGHTED_SUM, len(parts), reader.shape, [torch.tensor(weights), sizes, *parts])
 
@@ -158,11 +159,9 @@ def _read(name, delta):
 
 
 def _sides(shape):
-    """(m, n) of a matrix; of another tensor its first axis longer than 1, and all the others."""
-    if len(shape) == 2:
-        return tuple(shape)
-    m = next((size for size in shape if size > 1), 1)
-    return m, math.prod(shape) // m
+    """(m, n) of a matrix; of another tensor its first axes and its last ones, split where the ranks can be highest."""
+    splits = [(math.prod(shape[:axis]), math.prod(shape[axis:])) for axis in range(1, len(shape))]
+    return max(splits, key=min, default=(1, math.prod(shape)))
 
 
 def _as_matrix(delta):
@@ -181,9 +180,7 @@ def _whole(delta):
 
 
 def _semidiscrete(delta, rank):
-    matrix = _as_matrix(delta)
-    u, _, v = truncated_svd(matrix, rank)
-    scales, u, v = semidiscrete(matrix, u, v)
+    scales, u, v = semidiscrete(_as_matrix(delta), rank)
     # bfloat16 has the range of float32; its rounding is nothing beside that of the codes
     return join(SEMIDISCRETE, len(scales), delta.shape, [scales.bfloat16(), pack((u + 3) / 2, 4), pack((v + 3) / 2, 4)])
 
