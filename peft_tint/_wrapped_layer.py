@@ -7,6 +7,7 @@ from functools import partial
 from operator import attrgetter
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -263,6 +264,15 @@ class WrappingTuner(BaseTuner):
                 "The model's weights are sharded over processes (FSDP or tensor parallel), so nothing can be merged "
                 "into them. Save the adapter, load it on an unsharded base, and merge there."
             )
+
+
+def check_no_peft_model(model: nn.Module) -> None:
+    if isinstance(model, PeftModel):
+        kinds = ", ".join(dict.fromkeys(config.peft_type.value for config in model.peft_config.values()))
+        raise ValueError(
+            f"The base is a PeftModel with adapters of the type {kinds}. If that is the type to add, call its "
+            "`add_adapter`; else give the model that its `merge_and_unload()` or `unload()` returns."
+        )
 
 
 def check_adapter_name(name: str) -> None:

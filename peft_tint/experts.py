@@ -375,7 +375,10 @@ def match_vocabulary(
         if tensor.shape == weight.shape or tensor.shape[1:] != weight.shape[1:]:
             continue
         if not common or name in expert.low_rank:
-            remedy = "`common_vocabulary=True` in `merge` and `merge_checkpoints` merges the rows that both have"
+            remedy = (
+                f"Give the base as many by `base.resize_token_embeddings({len(tensor)})`; in `merge` and "
+                "`merge_checkpoints`, `common_vocabulary=True` merges the rows that both have"
+            )
             raise ValueError(
                 f"Expert {expert.task!r} has {len(tensor)} tokens, the base model {len(weight)} ({name!r}). "
                 f"{'Give the expert with its adapter merged' if common else remedy}."

@@ -8,6 +8,7 @@ import torch
 from models import ARCHITECTURES, IDS, make_experts, output
 from peft import (
     AutoPeftModelForSequenceClassification,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -15,6 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import peft_tint
@@ -317,8 +319,25 @@ def test_files_of_another_model_are_refused(bert, tmp_path):
         PeftModel.from_pretrained(load(bert[0]), tmp_path)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     other = ARCHITECTURES["bert"].build(intermediate_size=40)
-    with pytest.raises(ValueError, match=r"Adapter 'default'.*has shape .* Use the base model that"):
+    with pytest.raises(ValueError, match=r"made on a model with other weights \(it names '.*base'\)"):
         PeftModel.from_pretrained(other, tmp_path)
+    config = DtsConfig.from_pretrained(tmp_path)
+    config.base_samples = None
+    with pytest.raises(ValueError, match=r"Adapter 'default'.*has shape .* Use the base model that"):
+        PeftModel.from_pretrained(other, tmp_path, config=config)
+
+
+@pytest.mark.filterwarnings("ignore:The head of expert")
+def test_the_wrong_base_is_refused(bert, tmp_path):
+    """Such as the pretrained one under an adapter of a merged model, whose path PEFT records."""
+    merged = peft_tint.merge(load(bert[0]), bert[1], "average").eval()
+    model = peft_tint.compress(merged, load(bert[1]["b"]), **SMALL)
+    model.save_pretrained(tmp_path)
+    for other in (bert[0], bert[1]["b"]):
+        with pytest.raises(ValueError, match="made on a model with other weights"):
+            PeftModel.from_pretrained(load(other), tmp_path)
+    half = peft_tint.merge(load(bert[0]), bert[1], "average").to(torch.bfloat16)
+    PeftModel.from_pretrained(half, tmp_path)
 
 
 # ---- experts ---------------------------------------------------------------------------------------------------------
@@ -542,7 +561,19 @@ def test_weighted_adapter_of_weighted_adapters(two):
     close(logits(model), expected["b"])
 
 
+def test_sums_hold_equal_parts_once(two):
+    model, _ = two
+    model.add_weighted_adapter(["b", "score"], [0.5, 0.5], "mean", head="b")
+    model.add_weighted_adapter(["mean", "b", "b"], [1.0, 0.25, 0.25], "more", head="b")
+    codes = {name: tensor for name, tensor in model.named_buffers() if ".dts_codes." in name}
+    for name in codes:
+        if ".mean." in name:
+            assert len(codes[name]) == len(codes[name.replace(".mean.", ".more.")])
+
+
 BAD_SUMS = {
+    "letters": (("b", [1], "z"), "`adapters` is 'b'; give a list"),
+    "huge": ((["b"], [1e39], "z"), "`weights` has 1e[+]39"),
     "no such adapter": ((["b", "c"], [1, 1], "z"), "no adapter 'c'; the adapters are 'b', 'score'"),
     "no such head": ((["b"], [1], "z", "c"), "no adapter 'c'"),
     "taken": ((["b"], [1], "score"), "an adapter 'score' already"),
@@ -584,3 +615,117 @@ def test_similarities(bert):
     assert result == [1.0, 0.0]
     with pytest.raises(ValueError, match="similar to none"):
         peft_tint.dts.description_similarity(lambda texts: [vectors[t] for t in texts], ["noise"], "digits")
+
+
+def test_bad_similarities(two, bert):
+    model, _ = two
+    similar, describe = peft_tint.dts.weight_similarity, peft_tint.dts.description_similarity
+    with pytest.raises(ValueError, match="no adapter 'c'"):
+        similar(model, ["b", "c"], load(bert[1]["b"]))
+    with pytest.raises(ValueError, match=r"no .bert\.pooler\.dense\.weight. of the base's shape"):
+        similar(model, ["b", "score"], {"classifier.weight": torch.zeros(2, 16)})
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="call `unmerge_adapter"):
+        similar(model, ["b", "score"], load(bert[1]["b"]))
+    with pytest.raises(ValueError, match="`descriptions` is 'digits'"):
+        describe(lambda texts: [[1.0]] * len(texts), "digits", "letters")
+    with pytest.raises(ValueError, match=r"the shape \(2, 1, 1\) for 2 texts"):
+        describe(lambda texts: [[[1.0]]] * len(texts), ["digits"], "letters")
+    with pytest.raises(ValueError, match="similar to none"):
+        describe(lambda texts: [[float("nan")]] * len(texts), ["digits"], "letters")
+
+
+# ---- found in review -------------------------------------------------------------------------------------------------
+
+
+def test_a_config_can_be_used_again(bert):
+    config = DtsConfig(expert=bert[1]["b"], **SMALL)
+    model = get_peft_model(load(bert[0]), config, "b")
+    config.expert = bert[1]["score"]
+    model.add_adapter("score", config)
+    for name, classes in (("b", 5), ("score", 3)):
+        model.set_adapter(name)
+        assert model.config.id2label == {i: f"{name}-{i}" for i in range(classes)}
+    assert config.unchanged is None and config.labels is None
+
+
+def test_unloading_a_merged_model_gives_the_base(two, bert):
+    model, _ = two
+    model.merge_adapter()
+    assert torch.equal(logits(model.unload()), logits(load(bert[0])))
+
+
+def test_labels_are_the_base_s_while_disabled(two):
+    model, _ = two
+    with model.disable_adapter():
+        model.base_model.set_adapter("score")
+        assert model.config.num_labels == 2
+    assert model.config.num_labels == 3
+
+
+def test_other_weights_under_an_adapter_s_name_are_refused(two, bert, tmp_path):
+    model, _ = two
+    get_peft_model(load(bert[0]), DtsConfig(expert=bert[1]["score"], **SMALL)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'classifier\.(weight|bias)' of shape .* is another task's"):
+        model.load_adapter(tmp_path, "b")
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a .peft_config")
+def test_peft_models_are_no_base(two, bert):
+    model, _ = two
+    with pytest.raises(ValueError, match="is a PeftModel with adapters of the type DTS"):
+        get_peft_model(model, DtsConfig(expert=bert[1]["b"], **SMALL))
+
+
+@pytest.mark.parametrize("labels", [["x"], {"id2label": ["n", "y"]}, {"0": "n", "1": "y"}])
+def test_bad_labels(labels):
+    with pytest.raises(ValueError, match="`labels`"):
+        DtsConfig(expert="me/expert", labels=labels)
+
+
+def test_mixed_generation_of_encoder_decoders_is_refused():
+    base = ARCHITECTURES["t5"].build()
+    model = base
+    for name, expert in make_experts(base, ["x", "y"]).items():
+        model = peft_tint.compress(model, expert, name, **SMALL)
+    with pytest.raises(ValueError, match="encoder-decoder cannot mix adapters"):
+        model.eval().generate(**IDS, adapter_names=["x", "y"], use_cache=False)
+    assert model.generate(**IDS, max_new_tokens=2).shape[0] == 2
+
+
+@torch.no_grad()
+def test_mixed_batches_by_position_and_in_training(two):
+    model, _ = two
+    expected = logits(model, adapter_names=["b", "score"])
+    assert torch.equal(model(IDS["input_ids"], adapter_names=["b", "score"]).logits, expected)
+    with pytest.raises(ValueError, match="training mode"):
+        model.train()(**IDS, adapter_names=["b", "score"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_half_precision_of_what_an_adapter_adds(dtype, tolerance):
+    """Sums of codes over many inputs are beyond float16, and its scales would be zero in it."""
+    base, expert = nn.Sequential(nn.Linear(3072, 64, bias=False)), nn.Sequential(nn.Linear(3072, 64, bias=False))
+    base[0].weight.zero_()
+    expert[0].weight.copy_(1e-6 * (1 + torch.randn(64, 3072)))
+    model = peft_tint.compress(base, expert, rank_ratio=0.1).eval()
+    x = torch.rand(8, 3072) * 20
+    expected = copy.deepcopy(model).merge_and_unload()(x)
+    result = model.to(dtype)(x.to(dtype)).float()
+    assert float((result - expected).norm() / expected.norm()) < tolerance
+
+
+@torch.no_grad()
+def test_lora_experts_of_a_base_in_half_precision():
+    """Their small changes are lost in weights of bfloat16."""
+    base = nn.Sequential(nn.Linear(64, 64, bias=False)).to(torch.bfloat16)
+    base[0].weight.fill_(1.0)
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["0"]))
+    for name, parameter in lora.named_parameters():
+        if "lora" in name:
+            parameter.copy_(0.02 * torch.randn(parameter.shape))
+    change = lora.base_model.model[0].get_delta_weight("default").float()
+    model = peft_tint.compress(base, lora, rank_ratio=1.0)
+    decoded = model.base_model.model[0].dts_decoded["default"]["weight"].dense_of(0, change.shape)
+    assert float((decoded - change).norm() / change.norm()) < 0.05

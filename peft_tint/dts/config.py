@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..experts import REFERENCE_KEYS, hub_reference, labels_from_json
+from ..experts import LABEL_FIELDS, REFERENCE_KEYS, hub_reference, labels_from_json
 from .codec import CODECS
 
 
@@ -45,6 +45,9 @@ class DtsConfig(PeftConfig):
         unchanged (`list[str]`, *optional*):
             The tensors that the expert has not changed. Filled in when the expert is compressed; a saved adapter has
             neither them nor their codes.
+        base_samples (`list[float]`, *optional*):
+            One weight of each of the base's tensors that the expert has changed, filled in likewise: the adapter is
+            refused on a model that has others. `None` takes any model.
     """
 
     expert: str | dict | None = field(
@@ -71,6 +74,9 @@ class DtsConfig(PeftConfig):
     unchanged: list[str] | None = field(
         default=None, metadata={"help": "Tensors that the expert has not changed; filled in by compressing it."}
     )
+    base_samples: list[float] | None = field(
+        default=None, metadata={"help": "Weights by which the base model is recognised; None: any model will do."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,6 +89,10 @@ class DtsConfig(PeftConfig):
         self._check_expert()
         encode_arguments(self.codec, self.budget, self.rank_ratio)
         if self.labels is not None:
+            if not isinstance(self.labels, Mapping) or set(self.labels) - set(LABEL_FIELDS):
+                raise ValueError(f"`labels` is {self.labels!r}; it must have fields of {', '.join(LABEL_FIELDS)}.")
+            if not isinstance(self.labels.get("id2label", {}), Mapping | None):
+                raise ValueError(f"`labels` has id2label={self.labels['id2label']!r}; it must be {{index: name}}.")
             self.labels = labels_from_json(self.labels)
 
     def _check_expert(self):

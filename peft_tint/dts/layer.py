@@ -71,6 +71,12 @@ class DtsLayer(WrappedLayer):
             self.dts_decoded[adapter_name][name.replace(".", "/")] = TaskVectors(*terms).to(weight.device)
         else:
             check_whole(owner, full_name, tensor, weight)
+            own = self.dts_head[adapter_name]._buffers.get(name.replace(".", "/"), tensor)
+            if own.shape != tensor.shape:
+                raise ValueError(
+                    f"{owner} has {full_name!r} of shape {tuple(own.shape)}, and is to be given one of shape "
+                    f"{tuple(tensor.shape)}, which is another task's. Load that one under another name."
+                )
         getattr(self, kind)[adapter_name].put(name, tensor.detach().to(weight.device, copy=True))
 
     def _parameter(self, name):

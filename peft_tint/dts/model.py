@@ -1,7 +1,7 @@
 """DTS: fine-tunes of one base model as small adapters, one per task."""
 
+import copy
 import dataclasses
-import math
 import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from .._structure import (
     plain_modules,
     resolve_all_linear,
 )
-from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
+from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, check_no_peft_model, plain_name, wrap_everywhere
 from ..experts import (
     check_expert,
     check_unquantised,
@@ -96,6 +96,24 @@ def find_parts(config: DtsConfig, model: nn.Module, modules: dict[str, nn.Module
     return Parts(changed, head, tied)
 
 
+def sample_base(names, tensors) -> list[float]:
+    """One entry of each of these tensors, by which a model can be told from the one that an adapter was made on."""
+    return [float(tensors[name].detach().flatten()[tensors[name].numel() // 2]) for name in names]
+
+
+def check_base(config, samples):
+    if config.base_samples is None:
+        return
+    expected, given = (torch.tensor(values, dtype=torch.float64) for values in (config.base_samples, samples))
+    # either may have been rounded to bfloat16
+    if len(given) != len(expected) or ((given - expected).abs() > 2**-8 * expected.abs()).any():
+        raise ValueError(
+            f"The adapter was made on a model with other weights (it names {config.base_model_name_or_path!r}). Load "
+            "that one; for an adapter on a merged model (DTS-D) that very merge. With `base_samples=None` in its "
+            "configuration it goes onto any model."
+        )
+
+
 class DtsModel(WrappingTuner):
     """Each adapter makes one task's model of the base: W0 + a compressed task vector, and the task's own head
     (https://arxiv.org/abs/2512.01461)."""
@@ -120,7 +138,9 @@ class DtsModel(WrappingTuner):
         return model
 
     def unload(self):
-        """The base model, with its own head and labels."""
+        """The base model, with its own weights, head and labels."""
+        if any(layer.merged for layer in self._layers):
+            self.unmerge_adapter()
         model = super().unload()
         self._show_labels([])
         return model
@@ -130,6 +150,8 @@ class DtsModel(WrappingTuner):
         self._show_labels(self.active_adapters if enabled else [])
 
     def _show_labels(self, adapters):
+        if any(layer.disable_adapters for layer in self._layers):
+            adapters = []
         labels = [self.peft_config[adapter].labels for adapter in adapters if adapter in self.peft_config]
         set_labels(self.model, (labels and labels[-1]) or self._base_labels)
 
@@ -184,6 +206,8 @@ class DtsModel(WrappingTuner):
             raise
 
     def _check_fusion(self, adapters, weights, adapter_name, head):
+        if isinstance(adapters, str):
+            raise ValueError(f"`adapters` is {adapters!r}; give a list of names.")
         known = ", ".join(map(repr, self.peft_config))
         for name in {*adapters, *([] if head in (None, BASE) else [head])} - set(self.peft_config):
             raise ValueError(f"There is no adapter {name!r}; the adapters are {known}.")
@@ -192,7 +216,7 @@ class DtsModel(WrappingTuner):
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"There are {len(adapters)} `adapters` and {len(weights)} `weights`; give one for each.")
         for weight in weights:
-            if not math.isfinite(weight):
+            if not abs(float(weight)) < torch.finfo(torch.float32).max:  # NaN neither
                 raise ValueError(f"`weights` has {weight}; they must be finite.")
 
     def _common_head(self, layers, adapters):
@@ -222,6 +246,12 @@ class DtsModel(WrappingTuner):
         active = [layer._active_adapter for layer in layers]
         before = vars(model).get("forward")
 
+        def refuse():
+            raise ValueError(
+                "`generate` of an encoder-decoder cannot mix adapters, for it runs the encoder apart and on all rows. "
+                "Call `set_adapter` and `generate` for the rows of each."
+            )
+
         def forward(*args, **kwargs):
             vars(model).pop("forward")
             if before is not None:
@@ -231,12 +261,13 @@ class DtsModel(WrappingTuner):
             finally:
                 model.forward = forward
 
-        model.forward = forward
+        model.forward, model.get_encoder = forward, refuse
         try:
             _activate(layers, [])  # or hooks of the outer forward would merge the active adapter
             yield
         finally:
             vars(model).pop("forward")
+            vars(model).pop("get_encoder")
             if before is not None:
                 model.forward = before
             for layer, own in zip(layers, active, strict=True):
@@ -255,6 +286,8 @@ class DtsModel(WrappingTuner):
     # ---- building ----------------------------------------------------------------------------------------------------
 
     def _pre_injection_hook(self, model, config, adapter_name):
+        check_no_peft_model(model)
+        self._layers = []
         self._base_labels = labels_of(getattr(model, "config", None))
 
     def _prepare_model(self, config: DtsConfig, model: nn.Module) -> None:
@@ -265,6 +298,11 @@ class DtsModel(WrappingTuner):
         self._parts = find_parts(config, model, modules)
         self._contents = config.__dict__.pop("contents_in_memory", {})
         if config.is_compressed:
+            changed = [join(name, leaf) for name, own in self._parts.changed.items() for leaf in own]
+            samples = sample_base(changed, tensors)
+            if self._contents:  # of a new weighted sum
+                config.base_samples = samples
+            check_base(config, samples)
             return
         if config.init_weights and source is None:
             raise ValueError(
@@ -287,8 +325,8 @@ class DtsModel(WrappingTuner):
         check_expert(expert, tensors, in_head, buffers - in_head, getattr(model, "config", None))
         of_expert = expert.by_tensor(tensors)
         for name, factors in expert.low_rank.items():
-            tensor = of_expert[id(tensors[name])]
-            of_expert[id(tensors[name])] = tensor + factors.dense().view(tensor.shape).to(tensor)
+            tensor = of_expert[id(tensors[name])]  # in half precision it could not hold so small a change
+            of_expert[id(tensors[name])] = tensor.float() + factors.dense().view(tensor.shape).to(tensor.device)
         if config.labels is None:
             modules = dict(plain_modules(model))
             names = find_head(model, modules)
@@ -312,6 +350,7 @@ class DtsModel(WrappingTuner):
         base_bytes = float_bytes(tensors, buffers)
         packed = encode(LazyTensors(names, change), **config.encode_arguments, base_bytes=base_bytes)
         config.unchanged = [name for saved, name in names.items() if saved not in packed]
+        config.base_samples = sample_base([names[saved] for saved in names if saved in packed], tensors)
         if not packed:
             warnings.warn("The expert has the base model's weights, so the adapter adds nothing to them.", stacklevel=2)
         contents = {("dts_codes", *places[saved]): tensor for saved, tensor in packed.items()}
@@ -322,6 +361,8 @@ class DtsModel(WrappingTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         check_adapter_name(adapter_name)
+        # a config that is used again must not have what the first expert has put into it
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if any(layer.merged for layer in model.modules() if isinstance(layer, DtsLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         try:

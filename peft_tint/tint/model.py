@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .._structure import find_head, is_target, named_tensors, plain_modules, unit_name
-from .._wrapped_layer import WrappingTuner, check_adapter_name, plain_name, wrap_everywhere
+from .._wrapped_layer import WrappingTuner, check_adapter_name, check_no_peft_model, plain_name, wrap_everywhere
 from ..experts import absolute_reference, labels_of, set_labels
 from ._plan import make_plan
 from ._saved_experts import is_expert_key
@@ -405,6 +405,7 @@ class TintModel(WrappingTuner):
         set_labels(self.model, self._labels[self._adapter][self.task] if enabled else self._base_labels)
 
     def _pre_injection_hook(self, model, config, adapter_name):
+        check_no_peft_model(model)
         if any(isinstance(m, MergedLayer | TintLayer) and m.added_adapters for m in model.modules()):
             raise ValueError(
                 f"This {type(model).__name__} holds a TINT adapter itself. To switch between several, put them into a "
@@ -593,6 +594,13 @@ class TintModel(WrappingTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        packed = vars(config).get("packed_experts", {})
+        for key, tensor in state_dict.items():
+            if is_expert_key(key) and not torch.equal(tensor, packed.get(key, tensor)):
+                raise ValueError(
+                    f"The file has other experts than the adapter {adapter_name!r}: {key!r} differs. Load it under "
+                    "another name, or delete that adapter first."
+                )
         keys = [key for key in model.state_dict() if _is_saved(key, adapter_name)]
         names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in keys}
         names |= {f"base_model.model.{saved}": key for saved, key in names.items()}  # of a model without a PeftModel
