@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # These read the weights of their children without calling them, so they are wrapped as one unit.
@@ -212,6 +213,13 @@ class RootLayer:
         del self._modules["base_layer"]
         self.__dict__["base_layer"] = model
         self._shadow = None
+        if isinstance(model, PreTrainedModel) and model.can_generate():
+            names = ", ".join(name for name, _ in model.named_parameters(recurse=False))
+            warnings.warn(
+                f"{type(model).__name__} holds {names} itself; adapters change them in `forward` only, but "
+                "`generate` may read them elsewhere. Generate with what `merge_and_unload()` returns.",
+                stacklevel=2,
+            )
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward),
             model.register_forward_hook(self._after_forward, always_call=True),
