@@ -197,7 +197,11 @@ def test_tint_layers_of_any_kind(tmp_path, layer):
             close(output(again, IDS), output(expert, IDS))
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ["query"]}, {"exclude_modules": ["word_embeddings"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["query"]}, {"exclude_modules": ["word_embeddings"]}, {"modules_to_save": ["pooler"]}],
+    ids=str,
+)
 def test_parameters_that_are_no_target_are_the_experts_too(tmp_path, settings):
     base, experts, per_task = of_architecture(ARCHITECTURES["bert"])
     model = peft_tint.from_experts(copy.deepcopy(base), experts, **settings, **DTS).eval()
