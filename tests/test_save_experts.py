@@ -197,7 +197,11 @@ def test_tint_layers_of_any_kind(tmp_path, layer):
             close(output(again, IDS), output(expert, IDS))
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ["query"]}, {"exclude_modules": ["word_embeddings"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["query"]}, {"exclude_modules": ["word_embeddings"]}, {"modules_to_save": ["pooler"]}],
+    ids=str,
+)
 def test_parameters_that_are_no_target_are_the_experts_too(tmp_path, settings):
     base, experts, per_task = of_architecture(ARCHITECTURES["bert"])
     model = peft_tint.from_experts(copy.deepcopy(base), experts, **settings, **DTS).eval()
@@ -239,6 +243,8 @@ def test_a_transform_is_applied_again_to_the_experts_task_vectors(tmp_path):
     sums = merge_task_vectors({task: codes for task, (codes, _) in saved.items()}, "ties", density=0.3, aggregate="sum")
     changes = [{name: 0.7 * tensor for name, tensor in sums.items()}]
     for task, expert in experts.items():
+        norm = "bert.embeddings.LayerNorm.bias"  # vectors have 8 bits an entry
+        close(saved[task][0][norm], expert.state_dict()[norm] - base.state_dict()[norm])
         close(logits(again, task), output(plain_sum(base, expert, changes, per_task), IDS))
         with again.expert(task):
             close(output(again, IDS), output(plain_sum(base, expert, [saved[task][0]], per_task), IDS))
@@ -395,6 +401,15 @@ def test_several_adapters(bert, tmp_path):
     for name in ("second", "a"):
         assert equal_in_bytes(folders[name], tmp_path / "again" / name)
     assert equal_in_bytes(tmp_path, tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["a", "query"])  # a task's name, and a module's
+def test_an_adapter_of_any_name(bert, tmp_path, name):
+    model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], **DTS), adapter_name=name)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(bert[0]), tmp_path / name)
+    again.save_pretrained(tmp_path / "again")
+    assert equal_in_bytes(tmp_path / name, tmp_path / "again")
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

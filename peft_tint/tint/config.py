@@ -237,11 +237,11 @@ class TintConfig(PeftConfig):
                 "and `codec`."
             ) from error
         if self.is_packed:
-            for field in ("labels", "unchanged"):
-                of_tasks = getattr(self, field)
+            for name in ("labels", "unchanged"):
+                of_tasks = getattr(self, name)
                 if not isinstance(of_tasks, dict) or sorted(of_tasks) != sorted(self.tasks or ()):
                     raise ValueError(
-                        f"`{field}` names the tasks {list(of_tasks or ())}, `experts` names {self.tasks}. The "
+                        f"`{name}` names the tasks {list(of_tasks or ())}, `experts` names {self.tasks}. The "
                         "adapter's configuration is damaged; download or save it again."
                     )
             self.labels = {task: labels_from_json(self.labels[task]) for task in self.tasks}
