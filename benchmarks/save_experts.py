@@ -12,7 +12,7 @@ import time
 
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification
-from vision_tint import add_suite_arguments, collate, prepare, save_result
+from suites import add_suite_arguments, collate, prepare, save_result
 
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 

@@ -76,7 +76,7 @@ class TintConfig(PeftConfig):
             experts; one that is loaded from the adapter has the compressed ones. Its coefficients and tint layers are
             those that were saved, its other weights and the experts' predictions are a little off (the README has
             figures), and saved again its experts are the same. The factors of a LoRA expert are compressed like any
-            others, and gain nothing by a higher budget.
+            others.
         save_experts_kwargs (`dict`):
             With `"dts"`: `budget` (0.01), the bytes of a task's vectors as a fraction of the base's in float32, or
             `rank_ratio` instead, and `codec`, as in [`DtsConfig`].
