@@ -11,8 +11,8 @@ import tempfile
 import time
 
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForImageClassification
 from suites import add_suite_arguments, collate, prepare, save_result
+from transformers import AutoModelForImageClassification
 
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 
