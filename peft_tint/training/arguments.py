@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass, field
 
+# The arguments with which a training that is resumed must have begun; the others may change
+DECISIVE = (
+    *("update", "learning_rate", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
+)
+
 
 @dataclass
 class TintTrainingArguments:
@@ -37,6 +43,12 @@ class TintTrainingArguments:
     eval_steps: int | None = field(
         default=None, metadata={"help": "Steps between evaluations; None: none in training."}
     )
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints to resume from, also at the end; None: none."}
+    )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Number of checkpoints to keep, the last ones; None: all."}
+    )
     load_best_model_at_end: bool = field(
         default=False, metadata={"help": "Go back to the best evaluated state, the start included."}
     )
@@ -60,6 +72,8 @@ class TintTrainingArguments:
             raise ValueError("`bf16` and `fp16` are both set; choose one.")
         if self.load_best_model_at_end and not self.eval_steps:
             raise ValueError("`load_best_model_at_end` needs `eval_steps`, or there is no state to choose from.")
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in (*counts, "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")

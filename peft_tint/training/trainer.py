@@ -1,29 +1,43 @@
 """Trains coefficients and tint layers at test time, on unlabelled data with the experts' pseudo-labels."""
 
 import inspect
+import os
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device, set_seed
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from peft import get_peft_model_state_dict
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 
+from ..checkpoints import added_files, new_folder
 from ..evaluation import NormalizedAccuracy
-from .arguments import TintTrainingArguments
+from .arguments import DECISIVE, TintTrainingArguments
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
 from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
+from .resuming import (
+    check_output_dir,
+    find_checkpoint,
+    random_state,
+    read_state,
+    remove_old_checkpoints,
+    set_random_state,
+    write_state,
+)
 
 
 class TintTrainer:
@@ -143,61 +157,77 @@ class TintTrainer:
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self) -> TrainOutput:
-        """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time."""
+    def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainOutput:
+        """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time.
+
+        From a checkpoint (a folder, or True for the last in `output_dir`) training goes on to bitwise the result that
+        it would have had without a stop, on the same machine. Processes read it from one disk. Raises ValueError where
+        there is none or it is not whole, and where model, data, objective or arguments are not those that it is of.
+        """
         if not self.train_dataset:
             raise ValueError("`train_dataset` is missing; give {task: unlabelled Dataset}.")
         if self.args.eval_steps and not self.eval_dataset:
             raise ValueError("`eval_steps` is set but `eval_dataset` is missing; give {task: Dataset}.")
         args, started, before = self.args, time.perf_counter(), self.model.task
+        checkpoint = find_checkpoint(resume_from_checkpoint, args.output_dir)
+        saved = self._read_checkpoint(checkpoint) if checkpoint else None
+        if args.save_steps:
+            check_output_dir(args.output_dir, saved[1]["step"] if saved else 0)
+            get_peft_model_state_dict(self.model, save_embedding_layers=False)  # raises if the adapter cannot be saved
         set_seed(args.seed)
         model = self._prepare()
         try:
             if args.report_to != "none":
                 scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
                 self.accelerator.init_trackers("peft_tint", scalars)
-            loss = self._train(model)
+            self._train(model, saved)
         finally:
             self._finish(model)
             self.model.set_task(before)
+        loss = self._progress.loss / self._progress.batches
         metrics = {"train_runtime": time.perf_counter() - started, "train_loss": loss}
-        return TrainOutput(args.max_steps, loss, metrics)
+        return TrainOutput(self._progress.step, loss, metrics)
 
-    def _train(self, model) -> float:
-        """The loop. Returns the mean loss."""
-        args = self.args
-        batches = {
-            task: _forever(self._loader(task, dataset, shuffle=True)) for task, dataset in self.train_dataset.items()
-        }
-        scheduler = get_scheduler(args.lr_scheduler_type, self._optimizer, 0, args.max_steps)
-        best = self._evaluate_state(0, None) if args.load_best_model_at_end else None
-        order = torch.Generator().manual_seed(args.seed)
-        losses, window = [], _Window()
-        bar = self._bar(range(1, args.max_steps + 1), "tinting")
+    def _train(self, model, saved):
+        """The loop."""
+        args, progress = self.args, self._progress
+        if saved:
+            self._load_state(*saved[:2])
+        done = progress.step * args.gradient_accumulation_steps  # batches of each task
+        batches = {task: self._batches(task, dataset, done) for task, dataset in self.train_dataset.items()}
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, self._optimizer, 0, args.max_steps, {"last_epoch": progress.step - 1}
+        )
+        if saved:
+            set_random_state(saved[2][self.accelerator.process_index])  # last, for what was before may have drawn
+        elif args.load_best_model_at_end:
+            self._evaluate_state()
+        bar = self._bar(range(progress.step + 1, args.max_steps + 1), "tinting")
         for step in bar:
-            tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=order)]
+            progress.step, last = step, step == args.max_steps
+            tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
             for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
                 for task in group:
                     for _ in range(args.gradient_accumulation_steps):
                         _, loss, kept = self._backward(
                             model, task, next(batches[task]), args.gradient_accumulation_steps
                         )
-                        window.add(task, loss, kept)
-                        losses.append(loss)
+                        progress.window.add(task, loss, kept)
+                        progress.loss, progress.batches = progress.loss + loss, progress.batches + 1
                 self._update()
             scheduler.step()
-            bar.set_postfix(window.summary())
-            if step % args.logging_steps == 0 or step == args.max_steps:
-                self._log({"step": step, **window.summary(), **window.per_task()})
-                window = _Window()
-            if args.eval_steps and (step % args.eval_steps == 0 or step == args.max_steps):
-                best = self._evaluate_state(step, best)
+            bar.set_postfix(progress.window.summary())
+            if step % args.logging_steps == 0 or last:
+                self._log({"step": step, **progress.window.summary(), **progress.window.per_task()})
+                progress.window = _Window()
+            if args.eval_steps and (step % args.eval_steps == 0 or last):
+                self._evaluate_state()
+            if args.save_steps and (step % args.save_steps == 0 or last):
+                self._save_checkpoint()
         if args.load_best_model_at_end:
-            self._log({"step": step, "best_step": best[0], f"best_{args.metric_for_best_model}": best[1]})
-            parameters = dict(self.model.named_parameters())
-            for name, value in best[2].items():
-                parameters[name].data.copy_(value)
-        return float(np.mean(losses))
+            best = progress.best
+            self._log({"step": progress.step, "best_step": best.step, f"best_{args.metric_for_best_model}": best.value})
+            self._set_parameters(best.parameters)
 
     def step(self, task: str, batch: dict) -> torch.Tensor:
         """One update on one batch of a stream. Returns the logits that the model gave before the update.
@@ -213,7 +243,7 @@ class TintTrainer:
 
     def _prepare(self):
         """The model and its optimizer, as Accelerate wants them."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = list(self._parameters().values())
         if not parameters:
             raise ValueError(
                 "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
@@ -222,7 +252,8 @@ class TintTrainer:
         if lr is None:
             tint_layers = self.model.tint_layers
             lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
-        optimizer = torch.optim.Adam(parameters, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
+        optimizer = torch.optim.Adam(groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
         layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
         self._checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
@@ -233,7 +264,18 @@ class TintTrainer:
         for parameter in parameters:
             parameter.data.copy_(broadcast(parameter.data))
         self._loss_since_update = 0.0
+        self._progress = _Progress(torch.Generator().manual_seed(args.seed))
         return self._prepared
+
+    def _parameters(self):
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _copy_parameters(self):
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters().items()}
+
+    def _set_parameters(self, values):
+        for name, parameter in self._parameters().items():
+            parameter.data.copy_(values[name])
 
     def _finish(self, model):
         # Accelerate has put its autocast, or when unwrapping a method bound to this very model, in place of the class's
@@ -326,15 +368,41 @@ class TintTrainer:
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
-    def _loader(self, task, dataset, shuffle):
-        """Batches of a task with the expert's rows: what the objective compares to train, the logits to evaluate."""
-        batch_size = self.args.per_device_train_batch_size if shuffle else self.args.per_device_eval_batch_size
+    def _batches(self, task, dataset, done):
+        """Batches without end, with the expert's rows that the objective compares, after the first `done` of them.
+
+        Seed and number of an epoch decide its order. The sampler skips what is done; workers, which have random states
+        of their own, have to load it again to come to the same place.
+        """
+        args, order = self.args, torch.Generator()
+        samples = WithExpertRows(dataset, self._expert_rows(task, dataset, logits=False))
+        sampler = BatchSampler(RandomSampler(samples, generator=order), args.per_device_train_batch_size, False)
+        if self.accelerator.num_processes > 1:
+            sampler = BatchSamplerShard(sampler, self.accelerator.num_processes, self.accelerator.process_index)
+
+        def epochs():
+            first, skipped = divmod(done, len(sampler))
+            for epoch in count(first):
+                order.manual_seed(args.seed + epoch)
+                loader = DataLoader(
+                    samples,
+                    batch_sampler=sampler if args.dataloader_num_workers else SkipBatchSampler(sampler, skipped),
+                    generator=order,
+                    collate_fn=self._collate_unlabelled,
+                    num_workers=args.dataloader_num_workers,
+                )
+                yield from islice(loader, skipped if args.dataloader_num_workers else 0, None)
+                skipped = 0
+
+        return (send_to_device(batch, self.accelerator.device) for batch in epochs())
+
+    def _eval_loader(self, task, dataset):
+        """Batches of a task with the expert's logits."""
         loader = DataLoader(
-            WithExpertRows(dataset, self._expert_rows(task, dataset, logits=not shuffle)),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self._collate_unlabelled if shuffle else self._collate,
+            WithExpertRows(dataset, self._expert_rows(task, dataset, logits=True)),
+            batch_size=self.args.per_device_eval_batch_size,
+            generator=torch.Generator().manual_seed(self.args.seed),  # or each evaluation would draw a random number
+            collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
         )
         loader = self.accelerator.prepare(loader)
@@ -382,7 +450,7 @@ class TintTrainer:
 
     def _predict(self, task, dataset):
         """Rows of the merged model and of the expert, and the labels of the rows (None without labels)."""
-        loader = self._loader(task, dataset, shuffle=False)
+        loader = self._eval_loader(task, dataset)
         self.model.set_task(task)
         samples = []
         for batch in loader:
@@ -421,30 +489,108 @@ class TintTrainer:
             )
         return metrics
 
-    def _evaluate_state(self, step, best):
-        """Evaluates and logs the present state; returns (step, metric, state) of the better of it and `best`."""
-        results = self.evaluate()
+    def _evaluate_state(self):
+        """Evaluates and logs the present state, and keeps it if it is the best."""
+        results, step, best = self.evaluate(), self._progress.step, self._progress.best
         self._log({"step": step, **{f"eval_{task}_{k}": v for task, m in results.items() for k, v in m.items()}})
         if not self.args.load_best_model_at_end:
-            return None
+            return
         name = self.args.metric_for_best_model
         if name not in results["mean"]:
             known = ", ".join(results["mean"]) or "none; give labels and `compute_metrics`"
             raise ValueError(f"`metric_for_best_model` is {name!r}; there are: {known}.")
         value = results["mean"][name]
-        if best is not None and (value <= best[1] if self.args.greater_is_better else value >= best[1]):
-            return best
-        state = {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        return step, value, state
+        if best is None or (value > best.value if self.args.greater_is_better else value < best.value):
+            self._progress.best = _Best(step, value, self._copy_parameters())
 
-    # ---- beside ------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Saves the adapter, and the `processing_class` beside it, to `output_dir` (default: that of the arguments)."""
-        output_dir = output_dir or self.args.output_dir
-        self.model.save_pretrained(output_dir, is_main_process=self.accelerator.is_main_process)
-        if self.processing_class is not None and self.accelerator.is_main_process:
-            self.processing_class.save_pretrained(output_dir)
+        """Saves the adapter, and the `processing_class` beside it, to `output_dir` (default: that of the arguments).
+
+        Each file takes the place of an older one when all are on disk."""
+        if self.accelerator.is_main_process:
+            with added_files(output_dir or self.args.output_dir) as folder:
+                self._save_model(folder)
+
+    def _save_model(self, folder):
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self):
+        args, progress = self.args, self._progress
+        names, optimizer = list(self._parameters()), self._optimizer.state_dict()["state"]
+        tensors = {
+            "parameters": self._parameters(),
+            "optimizer": {f"{key}/{names[i]}": v for i, values in optimizer.items() for key, v in values.items()},
+            "order": {"state": progress.order.get_state()},
+        }
+        state = {
+            "settings": self._settings(),
+            "step": progress.step,
+            "loss": progress.loss,
+            "batches": progress.batches,
+            "window": asdict(progress.window),
+            "log_history": self.log_history,
+        }
+        if progress.best is not None:
+            tensors["best"] = progress.best.parameters
+            state["best"] = progress.best.step, progress.best.value
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        random_states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            with new_folder(os.path.join(args.output_dir, f"checkpoint-{progress.step}")) as folder:
+                self._save_model(folder)
+                write_state(folder, tensors, state, random_states)
+            remove_old_checkpoints(args.output_dir, args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _read_checkpoint(self, folder):
+        """What `_save_checkpoint` saved of this very training: tensors, state, and random states of the processes."""
+        tensors, state, random_states = read_state(folder)
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"{name} is {value!r}, and {folder!r} was made with {state['settings'][name]!r}. Resume with the "
+                    "same, or start anew."
+                )
+        shapes = {name: parameter.shape for name, parameter in self._parameters().items()}
+        saved = {name: value.shape for name, value in tensors["parameters"].items()}
+        for name in shapes.keys() | saved.keys():
+            if shapes.get(name) != saved.get(name):
+                raise ValueError(f"{folder!r} is of another model: they differ in {name!r}.")
+        if state["step"] > self.args.max_steps:
+            raise ValueError(f"`max_steps` is {self.args.max_steps}, and {folder!r} is of step {state['step']}.")
+        return tensors, state, random_states
+
+    def _settings(self):
+        """All that decides a training and must be the same when it is resumed, as JSON has it."""
+        return {
+            **{f"`{name}`": getattr(self.args, name) for name in DECISIVE},
+            "the objective": getattr(self.objective, "__name__", type(self.objective).__name__),
+            "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
+            "the number of processes": self.accelerator.num_processes,
+        }
+
+    def _load_state(self, tensors, state):
+        self._set_parameters(tensors["parameters"])
+        names, entries = list(self._parameters()), {}
+        for key, value in tensors.get("optimizer", {}).items():
+            kind, _, name = key.partition("/")
+            entries.setdefault(names.index(name), {})[kind] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
+        progress = self._progress
+        progress.order.set_state(tensors["order"]["state"])
+        progress.step, progress.loss, progress.batches = state["step"], state["loss"], state["batches"]
+        progress.window, self.log_history = _Window(**state["window"]), state["log_history"]
+        if "best" in state:
+            progress.best = _Best(*state["best"], tensors["best"])
+        if "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    # ---- beside ------------------------------------------------------------------------------------------------------
 
     def _bar(self, items, description, leave=True):
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
@@ -465,11 +611,20 @@ class _Output(NamedTuple):
     compared: tuple[torch.Tensor, list[int]]
 
 
+class _Best(NamedTuple):
+    """Trainable parameters by name, after `step`, and the metric by which they are the best."""
+
+    step: int
+    value: float
+    parameters: dict[str, torch.Tensor]
+
+
+@dataclass
 class _Window:
     """Losses and fractions of pseudo-labels kept since the last entry of the log."""
 
-    def __init__(self):
-        self.losses, self.kept = {}, {}
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    kept: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, task, loss, kept):
         self.losses.setdefault(task, []).append(loss)
@@ -483,6 +638,18 @@ class _Window:
     def per_task(self):
         means = {"loss": self.losses, "kept": self.kept}
         return {f"{name}_{task}": float(np.mean(v)) for name, values in means.items() for task, v in values.items()}
+
+
+@dataclass
+class _Progress:
+    """What goes on in a training beside the parameters, the optimizer and the log."""
+
+    order: torch.Generator  # of the tasks in a step
+    step: int = 0
+    loss: float = 0.0  # summed over the batches
+    batches: int = 0
+    window: _Window = field(default_factory=_Window)
+    best: _Best | None = None
 
 
 @contextmanager
@@ -509,8 +676,3 @@ def _checkpoint(layer, checkpoint, forward, *args):
             layer.training = before
 
     return checkpoint(forward_in_evaluation, *args)
-
-
-def _forever(loader):
-    while True:
-        yield from loader
