@@ -24,7 +24,13 @@ STEPS = 7
 SETTINGS = {
     "sequential": {"update": "sequential"},
     "joint": {"update": "joint", "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"},
-    "best": {"update": "joint", "eval_steps": 2, "load_best_model_at_end": True, "lr_scheduler_type": "cosine"},
+    "best": {
+        "update": "joint",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "lr_scheduler_type": "cosine",
+        "collapse_guard": 0.9,
+    },
 }
 
 
@@ -173,6 +179,29 @@ def test_random_states_are_resumed(bert, tmp_path, workers):
     assert_same(trainer, expected)
 
 
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_the_guard_against_collapse_is_resumed(bert, tmp_path, stop_at):
+    """Helped for two windows of two steps and harmed from then on, until training goes back to the best state."""
+    calls = itertools.count()
+
+    def objective(logits, expert_logits, mask):
+        loss = peft_tint.OBJECTIVES["pseudo_label"](logits, expert_logits)
+        return loss if next(calls) < 8 else -loss
+
+    settings = {"objective": objective, "collapse_guard": 0.02, "logging_steps": 2, "save_steps": 1}
+    settings |= {"max_steps": 50, "learning_rate": 0.3}
+    expected = make_trainer(bert, tmp_path / "straight", **settings)
+    assert 4 < expected.train().global_step < 50 and expected.log_history[-1]["best_step"] > 0
+    calls = itertools.count()
+    with pytest.raises(Stopped):
+        make_trainer(bert, tmp_path / "stopped", stop_at, **settings).train()
+    calls = itertools.count(2 * ((stop_at - 1) // 2))  # as many as up to the checkpoint
+    trainer = make_trainer(bert, tmp_path / "stopped", **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.log_history == expected.log_history
+    assert all(torch.equal(value, state(expected)[name]) for name, value in state(trainer).items())
+
+
 def test_a_checkpoint_loads_as_an_adapter(bert, tmp_path):
     trainer = make_trainer(bert, tmp_path)
     trainer.train()
@@ -182,6 +211,19 @@ def test_a_checkpoint_loads_as_an_adapter(bert, tmp_path):
             model.set_task(task)
         assert torch.equal(loaded(**IDS).logits, trainer.model(**IDS).logits)
     assert torch.equal(loaded.coefficients().values, trainer.model.coefficients().values)
+
+
+def test_a_model_loaded_from_a_checkpoint_resumes_too(bert, tmp_path):
+    """Though it is not as it was at the start."""
+    expected = make_trainer(bert, tmp_path / "straight", **SETTINGS["best"])
+    expected.train()
+    with pytest.raises(Stopped):
+        make_trainer(bert, tmp_path / "stopped", 5, **SETTINGS["best"]).train()
+    trainer = make_trainer(bert, tmp_path / "stopped", **SETTINGS["best"])
+    folder = tmp_path / "stopped" / "checkpoint-4"
+    trainer.model = PeftModel.from_pretrained(load(bert[0]), folder, is_trainable=True)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(trainer, expected)
 
 
 def test_no_checkpoint_is_a_pickle(bert, tmp_path):
@@ -223,9 +265,7 @@ def test_what_cannot_be_resumed_is_told(bert, tmp_path):
     with pytest.raises(ValueError, match=r"the objective is 'entropy', and .* 'confident_pseudo_label'"):
         make_trainer(bert, out, objective="entropy").train(**resume)
     data = dict(reversed(make_data(bert[1]).items()))  # the order of the tasks decides, too
-    with pytest.raises(
-        ValueError, match=r"samples of each task is \[\['a', 6\], \['b', 11\]\], and .* \[\['b', 11\], "
-    ):
+    with pytest.raises(ValueError, match=r"samples of each task is \[\['a', 6\], .* made with \[\['b', 11\], "):
         make_trainer(bert, out, data=data).train(**resume)
     with pytest.raises(ValueError, match=r"`max_steps` is 6, and .* of step 7"):
         make_trainer(bert, out, max_steps=6).train(**resume)

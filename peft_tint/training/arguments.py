@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 DECISIVE = (
     *("update", "learning_rate", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
+    *("logging_steps", "collapse_guard"),
 )
 
 
@@ -56,6 +57,14 @@ class TintTrainingArguments:
         default="agreement", metadata={"help": "Mean over tasks by which a state is best; 'agreement' needs no labels."}
     )
     greater_is_better: bool = field(default=True, metadata={"help": "Whether more of that metric is better."})
+    collapse_guard: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop and go back to the best state when the model predicts the expert's classes of a task more "
+            "rarely than the start did, by more than this share (0.1) of its samples in `logging_steps` steps, which "
+            "should be some hundred; None: never. It costs one more forward a batch."
+        },
+    )
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Trackers, as in Accelerate: 'tensorboard', 'wandb', ..., 'all' or 'none'."}
     )
@@ -72,6 +81,8 @@ class TintTrainingArguments:
             raise ValueError("`bf16` and `fp16` are both set; choose one.")
         if self.load_best_model_at_end and not self.eval_steps:
             raise ValueError("`load_best_model_at_end` needs `eval_steps`, or there is no state to choose from.")
+        if self.collapse_guard is not None and not 0 < self.collapse_guard < 1:
+            raise ValueError(f"`collapse_guard` is {self.collapse_guard}; it must be a share between 0 and 1.")
         counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         for name in (*counts, "save_steps", "save_total_limit"):
             value = getattr(self, name)

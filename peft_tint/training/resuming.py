@@ -58,7 +58,9 @@ def remove_old_checkpoints(output_dir: str, limit: int | None) -> None:
 def write_state(folder: str, tensors: dict[str, dict[str, torch.Tensor]], state: dict, random_states: list) -> None:
     """`tensors` are {kind: {name: tensor}}; `random_states` has one entry a process."""
     flat = {f"{kind}/{name}": value.detach().cpu() for kind, named in tensors.items() for name, value in named.items()}
-    save_file({name: value.contiguous() for name, value in flat.items()}, os.path.join(folder, TENSORS))
+    # copies, for what two names share safetensors refuses
+    flat = {key: value.clone(memory_format=torch.contiguous_format) for key, value in flat.items()}
+    save_file(flat, os.path.join(folder, TENSORS))
     for file, content in ((RANDOM, random_states), (STATE, state)):
         with open(os.path.join(folder, file), "w", encoding="utf-8") as opened:
             json.dump(content, opened, indent=None if file == RANDOM else 1, default=float)  # metrics may be NumPy's

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from ..checkpoints import added_files, new_folder
 from ..evaluation import NormalizedAccuracy
 from .arguments import DECISIVE, TintTrainingArguments
+from .collapse import CollapseGuard, Snapshot, Window
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
 from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
 from .resuming import (
@@ -81,6 +82,11 @@ class TintTrainer:
         self.train_dataset = self._check_datasets("train_dataset", train_dataset)
         self.eval_dataset = self._check_datasets("eval_dataset", eval_dataset)
         self.objective = self._check_objective(objective)
+        if self.args.collapse_guard is not None and not any(map(self._compares_classes, train_dataset or model.tasks)):
+            raise ValueError(
+                f"`collapse_guard` is {self.args.collapse_guard}, and there are no predicted classes to compare with "
+                "the experts': tasks are regression or multi-label, or the objective is 'feature_l1'. Leave it out."
+            )
         self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
         self.log_history: list[dict] = []
         # bfloat16 needs autocast only, which is ours, so that trainers of one process may differ in it; float16 needs
@@ -209,17 +215,12 @@ class TintTrainer:
             for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
                 for task in group:
                     for _ in range(args.gradient_accumulation_steps):
-                        _, loss, kept = self._backward(
-                            model, task, next(batches[task]), args.gradient_accumulation_steps
-                        )
-                        progress.window.add(task, loss, kept)
-                        progress.loss, progress.batches = progress.loss + loss, progress.batches + 1
+                        self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
                 self._update()
             scheduler.step()
             bar.set_postfix(progress.window.summary())
-            if step % args.logging_steps == 0 or last:
-                self._log({"step": step, **progress.window.summary(), **progress.window.per_task()})
-                progress.window = _Window()
+            if (step % args.logging_steps == 0 or last) and self._end_window():
+                break
             if args.eval_steps and (step % args.eval_steps == 0 or last):
                 self._evaluate_state()
             if args.save_steps and (step % args.save_steps == 0 or last):
@@ -229,6 +230,25 @@ class TintTrainer:
             self._log({"step": progress.step, "best_step": best.step, f"best_{args.metric_for_best_model}": best.value})
             self._set_parameters(best.parameters)
 
+    def _end_window(self) -> bool:
+        """Logs the measures since the last entry. Goes back to the best state and returns True if a task collapsed."""
+        progress = self._progress
+        window, progress.window, summary = progress.window, Window(), progress.window.summary()
+        values, tasks, units = self.model.coefficients()
+        drift = (values - progress.coefficients).abs().sum(1) / max(len(units), 1)
+        drifts = {f"drift_{task}": value for task, value in zip(tasks, drift.tolist(), strict=True)}
+        self._log({"step": progress.step, **summary, "drift": drift.mean().item(), **window.per_task(), **drifts})
+        agreement, start = window.means("agreement"), window.means("start_agreement")
+        if not start:
+            return False
+        gains, guard = {task: agreement[task] - start[task] for task in start}, progress.guard
+        collapsed = guard.collapsed(gains, progress.step, self._copy_parameters())
+        if collapsed:
+            self._set_parameters(guard.best.parameters)
+            falls = {f"collapse_{task}": -gains[task] for task in collapsed}
+            self._log({"step": progress.step, "best_step": guard.best.step, **falls})
+        return bool(collapsed)
+
     def step(self, task: str, batch: dict) -> torch.Tensor:
         """One update on one batch of a stream. Returns the logits that the model gave before the update.
 
@@ -237,7 +257,7 @@ class TintTrainer:
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
         with torch.no_grad(), self.model.expert(task):
             expert = self._forward(self.model, samples)
-        logits, _, _ = self._backward(model, task, {**samples, EXPERT_ROWS: expert.compared[0]}, 1)
+        logits = self._backward(model, task, {**samples, EXPERT_ROWS: expert.compared[0]}, 1)
         self._update()
         return logits
 
@@ -264,7 +284,9 @@ class TintTrainer:
         for parameter in parameters:
             parameter.data.copy_(broadcast(parameter.data))
         self._loss_since_update = 0.0
-        self._progress = _Progress(torch.Generator().manual_seed(args.seed))
+        self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
+        if args.collapse_guard is not None:
+            self._progress.guard = CollapseGuard(args.collapse_guard, self._copy_parameters())
         return self._prepared
 
     def _parameters(self):
@@ -288,12 +310,13 @@ class TintTrainer:
             self.accelerator.end_training()
 
     def _backward(self, model, task, batch, share):
-        """Adds the gradients of one batch; returns its logits, its loss and the fraction of pseudo-labels kept."""
+        """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
+        objective, expert_rows, progress = self._objective_of(task, self.objective), batch[EXPERT_ROWS], self._progress
+        start_rows = self._start_rows(model, batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
             output = self._forward(model, batch)
-        rows, expert_rows = output.compared[0], batch[EXPERT_ROWS]
-        objective = self._objective_of(task, self.objective)
+        rows = output.compared[0]
         if rows.shape != expert_rows.shape:
             raise ValueError(
                 f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
@@ -307,9 +330,38 @@ class TintTrainer:
                 f"The loss of task {task!r} is {loss.item()}. Check its data for NaN, or lower `learning_rate`."
             )
         self.accelerator.backward(loss / share)
-        kept = confident_mask(rows, expert_rows).float().mean().item() if objective is confident_pseudo_label else None
         self._loss_since_update += abs(loss.item())
-        return output.logits.detach(), loss.item(), kept
+        progress.loss, progress.batches = progress.loss + loss.item(), progress.batches + 1
+        progress.window.add(task, loss=loss.item())
+        if objective is confident_pseudo_label:
+            progress.window.add(task, kept=confident_mask(rows, expert_rows).float().mean().item())
+        if self._compares_classes(task):
+            predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
+            progress.window.add(task, agreement=_share_equal(predicted, expected))
+            progress.window.add_classes(task, predicted, expected, rows.shape[-1])
+            if start_rows is not None:
+                progress.window.add(task, start_agreement=_share_equal(start_rows.argmax(-1), expected))
+        return output.logits.detach()
+
+    def _compares_classes(self, task):
+        """Whether what the objective compares are scores of classes of which one is right."""
+        return self._has_one_class(task) and self.objective is not feature_l1
+
+    def _has_one_class(self, task):
+        return self._problem_type(task) not in ("regression", "multi_label_classification")
+
+    @torch.no_grad()
+    def _start_rows(self, model, batch):
+        """What the parameters of the start give for a batch."""
+        parameters = self._parameters()
+        now = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, value in self._progress.guard.start.parameters.items():
+                parameters[name].data = value.to(now[name].device)
+            return self._of_all_processes(self._forward(model, batch).compared[0])
+        finally:
+            for name, value in now.items():
+                parameters[name].data = value
 
     def _of_all_processes(self, rows):
         """The rows of all processes, in the order of one process's batch; ours keep their graph.
@@ -468,8 +520,7 @@ class TintTrainer:
 
     def _metrics(self, task, rows, expert_rows, labels):
         metrics = {}
-        problem = self._problem_type(task)
-        if problem not in ("regression", "multi_label_classification"):
+        if self._has_one_class(task):
             metrics["agreement"] = float((rows.argmax(-1) == expert_rows.argmax(-1)).mean())
         if labels is None:
             return metrics
@@ -501,7 +552,7 @@ class TintTrainer:
             raise ValueError(f"`metric_for_best_model` is {name!r}; there are: {known}.")
         value = results["mean"][name]
         if best is None or (value > best.value if self.args.greater_is_better else value < best.value):
-            self._progress.best = _Best(step, value, self._copy_parameters())
+            self._progress.best = Snapshot(step, value, self._copy_parameters())
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -524,7 +575,7 @@ class TintTrainer:
         tensors = {
             "parameters": self._parameters(),
             "optimizer": {f"{key}/{names[i]}": v for i, values in optimizer.items() for key, v in values.items()},
-            "order": {"state": progress.order.get_state()},
+            "progress": {"order": progress.order.get_state(), "coefficients": progress.coefficients},
         }
         state = {
             "settings": self._settings(),
@@ -537,6 +588,10 @@ class TintTrainer:
         if progress.best is not None:
             tensors["best"] = progress.best.parameters
             state["best"] = progress.best.step, progress.best.value
+        for name in ("start", "best", "latest") if progress.guard is not None else ():
+            snapshot = getattr(progress.guard, name)
+            tensors[f"guard_{name}"] = snapshot.parameters
+            state[f"guard_{name}"] = snapshot.step, snapshot.value
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         random_states = gather_object([random_state()])
@@ -582,11 +637,14 @@ class TintTrainer:
             entries.setdefault(names.index(name), {})[kind] = value
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
         progress = self._progress
-        progress.order.set_state(tensors["order"]["state"])
+        progress.order.set_state(tensors["progress"]["order"])
+        progress.coefficients = tensors["progress"]["coefficients"]
         progress.step, progress.loss, progress.batches = state["step"], state["loss"], state["batches"]
-        progress.window, self.log_history = _Window(**state["window"]), state["log_history"]
+        progress.window, self.log_history = Window(**state["window"]), state["log_history"]
         if "best" in state:
-            progress.best = _Best(*state["best"], tensors["best"])
+            progress.best = Snapshot(*state["best"], tensors["best"])
+        for name in ("start", "best", "latest") if progress.guard is not None else ():
+            setattr(progress.guard, name, Snapshot(*state[f"guard_{name}"], tensors[f"guard_{name}"]))
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -611,45 +669,18 @@ class _Output(NamedTuple):
     compared: tuple[torch.Tensor, list[int]]
 
 
-class _Best(NamedTuple):
-    """Trainable parameters by name, after `step`, and the metric by which they are the best."""
-
-    step: int
-    value: float
-    parameters: dict[str, torch.Tensor]
-
-
-@dataclass
-class _Window:
-    """Losses and fractions of pseudo-labels kept since the last entry of the log."""
-
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    kept: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, task, loss, kept):
-        self.losses.setdefault(task, []).append(loss)
-        if kept is not None:
-            self.kept.setdefault(task, []).append(kept)
-
-    def summary(self):
-        means = {"loss": self.losses, "kept": self.kept}
-        return {name: float(np.mean(list(chain(*values.values())))) for name, values in means.items() if values}
-
-    def per_task(self):
-        means = {"loss": self.losses, "kept": self.kept}
-        return {f"{name}_{task}": float(np.mean(v)) for name, values in means.items() for task, v in values.items()}
-
-
 @dataclass
 class _Progress:
     """What goes on in a training beside the parameters, the optimizer and the log."""
 
     order: torch.Generator  # of the tasks in a step
+    coefficients: torch.Tensor  # at the start, (tasks, units)
     step: int = 0
     loss: float = 0.0  # summed over the batches
     batches: int = 0
-    window: _Window = field(default_factory=_Window)
-    best: _Best | None = None
+    window: Window = field(default_factory=Window)
+    best: Snapshot | None = None  # by evaluation
+    guard: CollapseGuard | None = None
 
 
 @contextmanager
@@ -676,3 +707,7 @@ def _checkpoint(layer, checkpoint, forward, *args):
             layer.training = before
 
     return checkpoint(forward_in_evaluation, *args)
+
+
+def _share_equal(ours, theirs):
+    return (ours == theirs).float().mean().item()
