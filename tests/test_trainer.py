@@ -381,7 +381,7 @@ def test_misuse_is_told_before_the_first_step(model, tmp_path):
         TintTrainer(model, arguments(tmp_path), data)
     with pytest.raises(ValueError, match="`eval_steps` is set"):
         TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()
-    with pytest.raises(ValueError, match="`collapse_guard` is 0.1, and there are no predicted classes"):
+    with pytest.raises(ValueError, match=r"`collapse_guard` is 0.1, and there are no predicted classes"):
         TintTrainer(model, arguments(tmp_path, collapse_guard=0.1), objective="feature_l1")
     trainer = TintTrainer(model, arguments(tmp_path))
     trainer._prepare()

@@ -29,7 +29,7 @@ from ..evaluation import NormalizedAccuracy
 from .arguments import DECISIVE, TintTrainingArguments
 from .collapse import CollapseGuard, Snapshot, Window
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
-from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
+from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, entropy, feature_l1
 from .resuming import (
     check_output_dir,
     find_checkpoint,
@@ -53,7 +53,8 @@ class TintTrainer:
     Args:
         model: what `get_peft_model(base, TintConfig(...))` returned.
         args: the training arguments.
-        train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes.
+        train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes;
+            None for a stream (`step`).
         eval_dataset: {task: Dataset}; with labels (a column `label` or `labels`) it gives accuracies.
         objective: a name in `OBJECTIVES` or a function `(logits, expert_logits, mask) -> loss` on rows of shape
             (rows, classes). Regression tasks take the mean absolute difference to the expert whatever it says.
@@ -219,7 +220,9 @@ class TintTrainer:
                 self._update()
             scheduler.step()
             bar.set_postfix(progress.window.summary())
-            if (step % args.logging_steps == 0 or last) and self._end_window():
+            if step % args.logging_steps == 0 or last:
+                progress.collapsed = self._end_window()
+            if progress.collapsed:
                 break
             if args.eval_steps and (step % args.eval_steps == 0 or last):
                 self._evaluate_state()
@@ -250,15 +253,35 @@ class TintTrainer:
         return bool(collapsed)
 
     def step(self, task: str, batch: dict) -> torch.Tensor:
-        """One update on one batch of a stream. Returns the logits that the model gave before the update.
+        """Predicts a batch of a stream and adapts to it: returns the logits that the model gave before the update.
 
-        Under several processes all call it for the same task, each with its part of the batch."""
+        The update is that of `train` on one batch, from the forward that predicts. The expert runs on the batch too,
+        unless its output is there as `expert_rows`, or nothing takes it (`entropy` without `collapse_guard`). Every
+        `logging_steps` calls the log gets an entry, and keeps the last 100, so memory does not grow. Once a task has
+        collapsed, further calls only predict; a new trainer adapts again.
+
+        Under several processes all call it for the same task, each with its part of the batch. Raises ValueError for a
+        learning rate that would fall, since a stream has no last step.
+        """
+        if self.args.lr_scheduler_type != "constant":
+            raise ValueError(f"`lr_scheduler_type` is {self.args.lr_scheduler_type!r}; a stream takes 'constant'.")
         model = self._prepare() if self._optimizer is None else self._prepared
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
-        with torch.no_grad(), self.model.expert(task):
-            expert = self._forward(self.model, samples)
-        logits = self._backward(model, task, {**samples, EXPERT_ROWS: expert.compared[0]}, 1)
+        progress, args = self._progress, self.args
+        if progress.collapsed:
+            self.model.set_task(task)
+            with torch.no_grad():
+                return self._forward(model, samples).logits
+        alone = self._objective_of(task, self.objective) is entropy and progress.guard is None
+        if EXPERT_ROWS not in samples and not alone:
+            with torch.no_grad(), self.model.expert(task):
+                samples[EXPERT_ROWS] = self._forward(self.model, samples).compared[0]
+        logits = self._backward(model, task, samples, 1)
         self._update()
+        progress.step += 1
+        if progress.step % args.logging_steps == 0:
+            progress.collapsed = self._end_window()
+            del self.log_history[:-100]
         return logits
 
     def _prepare(self):
@@ -312,12 +335,13 @@ class TintTrainer:
     def _backward(self, model, task, batch, share):
         """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
-        objective, expert_rows, progress = self._objective_of(task, self.objective), batch[EXPERT_ROWS], self._progress
+        objective, progress = self._objective_of(task, self.objective), self._progress
+        expert_rows = batch.get(EXPERT_ROWS)  # None in a stream where nothing takes it
         start_rows = self._start_rows(model, batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
             output = self._forward(model, batch)
         rows = output.compared[0]
-        if rows.shape != expert_rows.shape:
+        if expert_rows is not None and rows.shape != expert_rows.shape:
             raise ValueError(
                 f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
                 f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
@@ -335,7 +359,7 @@ class TintTrainer:
         progress.window.add(task, loss=loss.item())
         if objective is confident_pseudo_label:
             progress.window.add(task, kept=confident_mask(rows, expert_rows).float().mean().item())
-        if self._compares_classes(task):
+        if expert_rows is not None and self._compares_classes(task):
             predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
             progress.window.add(task, agreement=_share_equal(predicted, expected))
             progress.window.add_classes(task, predicted, expected, rows.shape[-1])
@@ -367,7 +391,7 @@ class TintTrainer:
         """The rows of all processes, in the order of one process's batch; ours keep their graph.
 
         A mean over the pseudo-labels kept is one over those of all processes, of which each keeps another number."""
-        if self.accelerator.num_processes == 1:
+        if rows is None or self.accelerator.num_processes == 1:
             return rows
         counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
         padded = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
@@ -681,6 +705,7 @@ class _Progress:
     window: Window = field(default_factory=Window)
     best: Snapshot | None = None  # by evaluation
     guard: CollapseGuard | None = None
+    collapsed: bool = False
 
 
 @contextmanager
