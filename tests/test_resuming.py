@@ -262,6 +262,8 @@ def test_what_cannot_be_resumed_is_told(bert, tmp_path):
     resume = {"resume_from_checkpoint": str(out / "checkpoint-7")}
     with pytest.raises(ValueError, match=r"`seed` is 1, and .* was made with 42"):
         make_trainer(bert, out, seed=1).train(**resume)
+    with pytest.raises(ValueError, match=r"`load_best_model_at_end` is True, and .* was made with False"):
+        make_trainer(bert, out, load_best_model_at_end=True, eval_steps=1).train(**resume)
     with pytest.raises(ValueError, match=r"the objective is 'entropy', and .* 'confident_pseudo_label'"):
         make_trainer(bert, out, objective="entropy").train(**resume)
     data = dict(reversed(make_data(bert[1]).items()))  # the order of the tasks decides, too

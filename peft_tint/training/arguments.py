@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 DECISIVE = (
     *("update", "learning_rate", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
-    *("logging_steps", "collapse_guard"),
+    *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 
 
