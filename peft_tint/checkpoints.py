@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import fnmatch
+import glob
 import json
 import os
 import shutil
@@ -186,31 +187,70 @@ def module_names(names, model: PreTrainedModel | None) -> dict[str, str]:
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike):
     """A temporary folder beside `path`, or in it if it is there and empty. What is in it gets to `path` when all is
-    written and on disk, the config last; on an error nothing does. Raises ValueError if something is at `path`."""
+    written and on disk, configs last; on an error nothing does. Raises ValueError if something is at `path`."""
     path = os.path.realpath(path)
-    exists = os.path.exists(path)
-    if exists and (not os.path.isdir(path) or os.listdir(path)):
+    if os.path.isdir(path) and not os.listdir(path):
+        with added_files(path) as temporary:
+            yield temporary
+        return
+    if os.path.exists(path):
         raise ValueError(f"{path!r} exists already; give a new or empty folder.")
-    parent = path if exists else os.path.dirname(path)
+    with _temporary_folder(os.path.dirname(path), os.path.basename(path)) as temporary:
+        yield temporary
+        _sync_all(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())  # `mkdtemp` has made it the user's alone
+        _move(temporary, path)
+        _sync(os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def added_files(path: str | os.PathLike):
+    """A temporary folder in `path`. Its files get to `path`, in the place of those of their names, when all are written
+    and on disk, configs last; on an error none does."""
+    path = os.path.realpath(path)
+    with _temporary_folder(path) as temporary:
+        yield temporary
+        _sync_all(temporary)
+        files = [os.path.join(folder, file) for folder, _, files in os.walk(temporary) for file in files]
+        places = {file: os.path.join(path, os.path.relpath(file, temporary)) for file in files}
+        for file, place in sorted(places.items(), key=lambda item: item[0].endswith("config.json")):
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            os.replace(file, place)
+        for folder in {os.path.dirname(place) for place in places.values()} | {path}:
+            _sync(folder)
+        shutil.rmtree(temporary)
+
+
+def remove_folder(path: str | os.PathLike) -> None:
+    """Removes a folder, of which no part is ever at `path`."""
+    path = os.path.realpath(path)
+    with _temporary_folder(os.path.dirname(path), os.path.basename(path)) as temporary:
+        os.rename(path, temporary)
+        shutil.rmtree(temporary)
+
+
+def remove_incomplete(parent: str | os.PathLike, name: str) -> None:
+    """Removes what a process that was killed has left of folders in `parent` whose names begin with `name`."""
+    for folder in glob.glob(os.path.join(glob.escape(parent), f".incomplete-{name}*")):
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _temporary_folder(parent, name=""):
     os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=".incomplete-", dir=parent)
+    temporary = tempfile.mkdtemp(prefix=f".incomplete-{name}", dir=parent)
     try:
         yield temporary
-        for folder, _, files in os.walk(temporary):
-            for file in files:
-                _sync(os.path.join(folder, file))
-            _sync(folder)
-        if exists:
-            for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
-                os.rename(os.path.join(temporary, name), os.path.join(path, name))
-            os.rmdir(temporary)
-        else:
-            os.chmod(temporary, 0o777 & ~_umask())  # `mkdtemp` has made it the user's alone
-            _move(temporary, path)
-        _sync(parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sync_all(path):
+    for folder, _, files in os.walk(path):
+        for file in files:
+            _sync(os.path.join(folder, file))
+        _sync(folder)
 
 
 def _move(temporary, path):

@@ -1,13 +1,16 @@
-"""accelerate launch tests/distributed.py ddp|fsdp FILE
+"""accelerate launch tests/distributed.py ddp|resuming|fsdp FILE
 
 What `test_training_elsewhere.py` runs in two processes, and by import in one. The first process writes its results to
 FILE.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, disable_progress_bars
 from models import ARCHITECTURES, SMALL, Architecture, make_experts, output, transformers_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -105,6 +108,36 @@ def plain_ddp(model):
     }
 
 
+def resuming():
+    """Of trainings that were stopped and resumed, the files of the last checkpoint that are not those of one that never
+    was, in each process; and the numbers of random states in a checkpoint."""
+    from test_resuming import SETTINGS, differing_files, make_data, make_trainer, noisy, save_bert, stop_and_resume
+
+    def transform(batch):
+        torch.rand(state.process_index)  # so that processes come to other random states
+        return noisy(batch)
+
+    state, results = PartialState(cpu=True), {"different": {}}
+    with state.main_process_first():
+        bert = save_bert(Path("bert"))
+    data = {task: dataset.with_transform(transform) for task, dataset in make_data(CLASSES).items()}
+    for name in ("sequential", "best"):
+        settings = SETTINGS[name]
+        expected = make_trainer(bert, f"{name} straight", data=data, **settings)
+        expected.train()
+        updates = 2 if settings["update"] == "sequential" else 1
+        for stops in ([2 * updates + 1], [5 * updates, 2 * updates]):
+            folder = f"{name} {stops}"
+            trainer = stop_and_resume(bert, folder, stops, data=data, **settings)
+            same = trainer.log_history == expected.log_history
+            same &= all(map(torch.equal, trained(trainer.model).values(), trained(expected.model).values()))
+            different = [*differing_files(trainer, expected), *([] if same else ["training"])]
+            results["different"][folder] = gather_object([different])
+    random_states = json.loads(Path(f"{name} straight", "checkpoint-7", "random_states.json").read_text())
+    results["random states"] = len({str(random_state["torch"]) for random_state in random_states})
+    return results
+
+
 def fsdp():
     """Outputs and gradients on half of a batch in each process; what merging says."""
     state, results = PartialState(cpu=True), {"errors": []}
@@ -142,7 +175,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     disable_progress_bars()
-    results = {"ddp": ddp, "fsdp": fsdp}[sys.argv[1]]()
+    results = {"ddp": ddp, "resuming": resuming, "fsdp": fsdp}[sys.argv[1]]()
     if PartialState(cpu=True).is_main_process:
         torch.save(results, sys.argv[2])
     PartialState(cpu=True).destroy_process_group()

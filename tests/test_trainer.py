@@ -381,8 +381,12 @@ def test_misuse_is_told_before_the_first_step(model, tmp_path):
         TintTrainer(model, arguments(tmp_path), data)
     with pytest.raises(ValueError, match="`eval_steps` is set"):
         TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()
+    with pytest.raises(ValueError, match=r"`collapse_guard` is 0.1, and there are no predicted classes"):
+        TintTrainer(model, arguments(tmp_path, collapse_guard=0.1), objective="feature_l1")
+    trainer = TintTrainer(model, arguments(tmp_path))
+    trainer._prepare()
     with pytest.raises(ValueError, match=r"shape \(2, 2\), its expert gave \(3, 2\)"):
-        TintTrainer(model, arguments(tmp_path))._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)
+        trainer._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)
 
 
 @pytest.mark.parametrize("kind, rates", [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import distributed
@@ -233,6 +234,13 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     assert min(kept) < 1  # or the mean over kept labels has not been tried
     assert two["evaluation"] == one["evaluation"]
     assert two["plain"]["task vectors"] > 0 and two["plain"]["task vectors sent"] == 0
+
+
+def test_two_processes_resume_as_if_never_stopped(tmp_path):
+    """Bitwise, in both processes, each with its own random states."""
+    two = launch(tmp_path, "resuming")
+    assert len(two["different"]) == 4 and not any(chain(*two["different"].values())), two["different"]
+    assert two["random states"] == 2
 
 
 def test_sharded_with_fsdp2(tmp_path):

@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass, field
 
+# The arguments with which a training that is resumed must have begun; the others may change
+DECISIVE = (
+    *("update", "learning_rate", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
+    *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+
 
 @dataclass
 class TintTrainingArguments:
@@ -37,6 +44,12 @@ class TintTrainingArguments:
     eval_steps: int | None = field(
         default=None, metadata={"help": "Steps between evaluations; None: none in training."}
     )
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints to resume from, also at the end; None: none."}
+    )
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Number of checkpoints to keep, the last ones; None: all."}
+    )
     load_best_model_at_end: bool = field(
         default=False, metadata={"help": "Go back to the best evaluated state, the start included."}
     )
@@ -44,6 +57,14 @@ class TintTrainingArguments:
         default="agreement", metadata={"help": "Mean over tasks by which a state is best; 'agreement' needs no labels."}
     )
     greater_is_better: bool = field(default=True, metadata={"help": "Whether more of that metric is better."})
+    collapse_guard: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop and go back to the best state when the model predicts the expert's classes of a task more "
+            "rarely than the start did, by more than this share (0.1) of its samples in `logging_steps` steps, which "
+            "should be some hundred; None: never. It costs one more forward a batch."
+        },
+    )
     report_to: str | list[str] = field(
         default="none", metadata={"help": "Trackers, as in Accelerate: 'tensorboard', 'wandb', ..., 'all' or 'none'."}
     )
@@ -60,6 +81,10 @@ class TintTrainingArguments:
             raise ValueError("`bf16` and `fp16` are both set; choose one.")
         if self.load_best_model_at_end and not self.eval_steps:
             raise ValueError("`load_best_model_at_end` needs `eval_steps`, or there is no state to choose from.")
-        for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+        if self.collapse_guard is not None and not 0 < self.collapse_guard < 1:
+            raise ValueError(f"`collapse_guard` is {self.collapse_guard}; it must be a share between 0 and 1.")
+        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in (*counts, "save_steps", "save_total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")

@@ -1,29 +1,44 @@
 """Trains coefficients and tint layers at test time, on unlabelled data with the experts' pseudo-labels."""
 
 import inspect
+import os
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device, set_seed
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from peft import get_peft_model_state_dict
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 
+from ..checkpoints import added_files, new_folder
 from ..evaluation import NormalizedAccuracy
-from .arguments import TintTrainingArguments
+from .arguments import DECISIVE, TintTrainingArguments
+from .collapse import CollapseGuard, Snapshot, Window
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
-from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, feature_l1
+from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, entropy, feature_l1
+from .resuming import (
+    check_output_dir,
+    find_checkpoint,
+    random_state,
+    read_state,
+    remove_old_checkpoints,
+    set_random_state,
+    write_state,
+)
 
 
 class TintTrainer:
@@ -38,7 +53,8 @@ class TintTrainer:
     Args:
         model: what `get_peft_model(base, TintConfig(...))` returned.
         args: the training arguments.
-        train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes.
+        train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes;
+            None for a stream (`step`).
         eval_dataset: {task: Dataset}; with labels (a column `label` or `labels`) it gives accuracies.
         objective: a name in `OBJECTIVES` or a function `(logits, expert_logits, mask) -> loss` on rows of shape
             (rows, classes). Regression tasks take the mean absolute difference to the expert whatever it says.
@@ -67,6 +83,11 @@ class TintTrainer:
         self.train_dataset = self._check_datasets("train_dataset", train_dataset)
         self.eval_dataset = self._check_datasets("eval_dataset", eval_dataset)
         self.objective = self._check_objective(objective)
+        if self.args.collapse_guard is not None and not any(map(self._compares_classes, train_dataset or model.tasks)):
+            raise ValueError(
+                f"`collapse_guard` is {self.args.collapse_guard}, and there are no predicted classes to compare with "
+                "the experts': tasks are regression or multi-label, or the objective is 'feature_l1'. Leave it out."
+            )
         self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
         self.log_history: list[dict] = []
         # bfloat16 needs autocast only, which is ours, so that trainers of one process may differ in it; float16 needs
@@ -143,77 +164,129 @@ class TintTrainer:
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def train(self) -> TrainOutput:
-        """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time."""
+    def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainOutput:
+        """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time.
+
+        From a checkpoint (a folder, or True for the last in `output_dir`) training goes on to bitwise the result that
+        it would have had without a stop, on the same machine. Processes read it from one disk. Raises ValueError where
+        there is none or it is not whole, and where model, data, objective or arguments are not those that it is of.
+        """
         if not self.train_dataset:
             raise ValueError("`train_dataset` is missing; give {task: unlabelled Dataset}.")
         if self.args.eval_steps and not self.eval_dataset:
             raise ValueError("`eval_steps` is set but `eval_dataset` is missing; give {task: Dataset}.")
         args, started, before = self.args, time.perf_counter(), self.model.task
+        checkpoint = find_checkpoint(resume_from_checkpoint, args.output_dir)
+        saved = self._read_checkpoint(checkpoint) if checkpoint else None
+        if args.save_steps:
+            check_output_dir(args.output_dir, saved[1]["step"] if saved else 0)
+            get_peft_model_state_dict(self.model, save_embedding_layers=False)  # raises if the adapter cannot be saved
         set_seed(args.seed)
         model = self._prepare()
         try:
             if args.report_to != "none":
                 scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
                 self.accelerator.init_trackers("peft_tint", scalars)
-            loss = self._train(model)
+            self._train(model, saved)
         finally:
             self._finish(model)
             self.model.set_task(before)
+        loss = self._progress.loss / self._progress.batches
         metrics = {"train_runtime": time.perf_counter() - started, "train_loss": loss}
-        return TrainOutput(args.max_steps, loss, metrics)
+        return TrainOutput(self._progress.step, loss, metrics)
 
-    def _train(self, model) -> float:
-        """The loop. Returns the mean loss."""
-        args = self.args
-        batches = {
-            task: _forever(self._loader(task, dataset, shuffle=True)) for task, dataset in self.train_dataset.items()
-        }
-        scheduler = get_scheduler(args.lr_scheduler_type, self._optimizer, 0, args.max_steps)
-        best = self._evaluate_state(0, None) if args.load_best_model_at_end else None
-        order = torch.Generator().manual_seed(args.seed)
-        losses, window = [], _Window()
-        bar = self._bar(range(1, args.max_steps + 1), "tinting")
+    def _train(self, model, saved):
+        """The loop."""
+        args, progress = self.args, self._progress
+        if saved:
+            self._load_state(*saved[:2])
+        done = progress.step * args.gradient_accumulation_steps  # batches of each task
+        batches = {task: self._batches(task, dataset, done) for task, dataset in self.train_dataset.items()}
+        scheduler = get_scheduler(
+            args.lr_scheduler_type, self._optimizer, 0, args.max_steps, {"last_epoch": progress.step - 1}
+        )
+        if saved:
+            set_random_state(saved[2][self.accelerator.process_index])  # last, for what was before may have drawn
+        elif args.load_best_model_at_end:
+            self._evaluate_state()
+        bar = self._bar(range(progress.step + 1, args.max_steps + 1), "tinting")
         for step in bar:
-            tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=order)]
+            progress.step, last = step, step == args.max_steps
+            tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
             for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
                 for task in group:
                     for _ in range(args.gradient_accumulation_steps):
-                        _, loss, kept = self._backward(
-                            model, task, next(batches[task]), args.gradient_accumulation_steps
-                        )
-                        window.add(task, loss, kept)
-                        losses.append(loss)
+                        self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
                 self._update()
             scheduler.step()
-            bar.set_postfix(window.summary())
-            if step % args.logging_steps == 0 or step == args.max_steps:
-                self._log({"step": step, **window.summary(), **window.per_task()})
-                window = _Window()
-            if args.eval_steps and (step % args.eval_steps == 0 or step == args.max_steps):
-                best = self._evaluate_state(step, best)
+            bar.set_postfix(progress.window.summary())
+            if step % args.logging_steps == 0 or last:
+                progress.collapsed = self._end_window()
+            if progress.collapsed:
+                break
+            if args.eval_steps and (step % args.eval_steps == 0 or last):
+                self._evaluate_state()
+            if args.save_steps and (step % args.save_steps == 0 or last):
+                self._save_checkpoint()
         if args.load_best_model_at_end:
-            self._log({"step": step, "best_step": best[0], f"best_{args.metric_for_best_model}": best[1]})
-            parameters = dict(self.model.named_parameters())
-            for name, value in best[2].items():
-                parameters[name].data.copy_(value)
-        return float(np.mean(losses))
+            best = progress.best
+            self._log({"step": progress.step, "best_step": best.step, f"best_{args.metric_for_best_model}": best.value})
+            self._set_parameters(best.parameters)
+
+    def _end_window(self) -> bool:
+        """Logs the measures since the last entry. Goes back to the best state and returns True if a task collapsed."""
+        progress = self._progress
+        window, progress.window, summary = progress.window, Window(), progress.window.summary()
+        values, tasks, units = self.model.coefficients()
+        drift = (values - progress.coefficients).abs().sum(1) / max(len(units), 1)
+        drifts = {f"drift_{task}": value for task, value in zip(tasks, drift.tolist(), strict=True)}
+        self._log({"step": progress.step, **summary, "drift": drift.mean().item(), **window.per_task(), **drifts})
+        agreement, start = window.means("agreement"), window.means("start_agreement")
+        if not start:
+            return False
+        gains, guard = {task: agreement[task] - start[task] for task in start}, progress.guard
+        collapsed = guard.collapsed(gains, progress.step, self._copy_parameters())
+        if collapsed:
+            self._set_parameters(guard.best.parameters)
+            falls = {f"collapse_{task}": -gains[task] for task in collapsed}
+            self._log({"step": progress.step, "best_step": guard.best.step, **falls})
+        return bool(collapsed)
 
     def step(self, task: str, batch: dict) -> torch.Tensor:
-        """One update on one batch of a stream. Returns the logits that the model gave before the update.
+        """Predicts a batch of a stream and adapts to it: returns the logits that the model gave before the update.
 
-        Under several processes all call it for the same task, each with its part of the batch."""
+        The update is that of `train` on one batch, from the forward that predicts. The expert runs on the batch too,
+        unless its output is there as `expert_rows`, or nothing takes it (`entropy` without `collapse_guard`). Every
+        `logging_steps` calls the log gets an entry, and keeps the last 100, so memory does not grow. Once a task has
+        collapsed, further calls only predict; a new trainer adapts again.
+
+        Under several processes all call it for the same task, each with its part of the batch. Raises ValueError for a
+        learning rate that would fall, since a stream has no last step.
+        """
+        if self.args.lr_scheduler_type != "constant":
+            raise ValueError(f"`lr_scheduler_type` is {self.args.lr_scheduler_type!r}; a stream takes 'constant'.")
         model = self._prepare() if self._optimizer is None else self._prepared
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
-        with torch.no_grad(), self.model.expert(task):
-            expert = self._forward(self.model, samples)
-        logits, _, _ = self._backward(model, task, {**samples, EXPERT_ROWS: expert.compared[0]}, 1)
+        progress, args = self._progress, self.args
+        if progress.collapsed:
+            self.model.set_task(task)
+            with torch.no_grad():
+                return self._forward(model, samples).logits
+        alone = self._objective_of(task, self.objective) is entropy and progress.guard is None
+        if EXPERT_ROWS not in samples and not alone:
+            with torch.no_grad(), self.model.expert(task):
+                samples[EXPERT_ROWS] = self._forward(self.model, samples).compared[0]
+        logits = self._backward(model, task, samples, 1)
         self._update()
+        progress.step += 1
+        if progress.step % args.logging_steps == 0:
+            progress.collapsed = self._end_window()
+            del self.log_history[:-100]
         return logits
 
     def _prepare(self):
         """The model and its optimizer, as Accelerate wants them."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        parameters = list(self._parameters().values())
         if not parameters:
             raise ValueError(
                 "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
@@ -222,7 +295,8 @@ class TintTrainer:
         if lr is None:
             tint_layers = self.model.tint_layers
             lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
-        optimizer = torch.optim.Adam(parameters, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
+        optimizer = torch.optim.Adam(groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
         layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
         self._checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
@@ -233,7 +307,20 @@ class TintTrainer:
         for parameter in parameters:
             parameter.data.copy_(broadcast(parameter.data))
         self._loss_since_update = 0.0
+        self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
+        if args.collapse_guard is not None:
+            self._progress.guard = CollapseGuard(args.collapse_guard, self._copy_parameters())
         return self._prepared
+
+    def _parameters(self):
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _copy_parameters(self):
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters().items()}
+
+    def _set_parameters(self, values):
+        for name, parameter in self._parameters().items():
+            parameter.data.copy_(values[name])
 
     def _finish(self, model):
         # Accelerate has put its autocast, or when unwrapping a method bound to this very model, in place of the class's
@@ -246,13 +333,15 @@ class TintTrainer:
             self.accelerator.end_training()
 
     def _backward(self, model, task, batch, share):
-        """Adds the gradients of one batch; returns its logits, its loss and the fraction of pseudo-labels kept."""
+        """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
+        objective, progress = self._objective_of(task, self.objective), self._progress
+        expert_rows = batch.get(EXPERT_ROWS)  # None in a stream where nothing takes it
+        start_rows = self._start_rows(model, batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
             output = self._forward(model, batch)
-        rows, expert_rows = output.compared[0], batch[EXPERT_ROWS]
-        objective = self._objective_of(task, self.objective)
-        if rows.shape != expert_rows.shape:
+        rows = output.compared[0]
+        if expert_rows is not None and rows.shape != expert_rows.shape:
             raise ValueError(
                 f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
                 f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
@@ -265,15 +354,44 @@ class TintTrainer:
                 f"The loss of task {task!r} is {loss.item()}. Check its data for NaN, or lower `learning_rate`."
             )
         self.accelerator.backward(loss / share)
-        kept = confident_mask(rows, expert_rows).float().mean().item() if objective is confident_pseudo_label else None
         self._loss_since_update += abs(loss.item())
-        return output.logits.detach(), loss.item(), kept
+        progress.loss, progress.batches = progress.loss + loss.item(), progress.batches + 1
+        progress.window.add(task, loss=loss.item())
+        if objective is confident_pseudo_label:
+            progress.window.add(task, kept=confident_mask(rows, expert_rows).float().mean().item())
+        if expert_rows is not None and self._compares_classes(task):
+            predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
+            progress.window.add(task, agreement=_share_equal(predicted, expected))
+            progress.window.add_classes(task, predicted, expected, rows.shape[-1])
+            if start_rows is not None:
+                progress.window.add(task, start_agreement=_share_equal(start_rows.argmax(-1), expected))
+        return output.logits.detach()
+
+    def _compares_classes(self, task):
+        """Whether what the objective compares are scores of classes of which one is right."""
+        return self._has_one_class(task) and self.objective is not feature_l1
+
+    def _has_one_class(self, task):
+        return self._problem_type(task) not in ("regression", "multi_label_classification")
+
+    @torch.no_grad()
+    def _start_rows(self, model, batch):
+        """What the parameters of the start give for a batch."""
+        parameters = self._parameters()
+        now = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, value in self._progress.guard.start.parameters.items():
+                parameters[name].data = value.to(now[name].device)
+            return self._of_all_processes(self._forward(model, batch).compared[0])
+        finally:
+            for name, value in now.items():
+                parameters[name].data = value
 
     def _of_all_processes(self, rows):
         """The rows of all processes, in the order of one process's batch; ours keep their graph.
 
         A mean over the pseudo-labels kept is one over those of all processes, of which each keeps another number."""
-        if self.accelerator.num_processes == 1:
+        if rows is None or self.accelerator.num_processes == 1:
             return rows
         counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
         padded = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
@@ -326,15 +444,41 @@ class TintTrainer:
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
-    def _loader(self, task, dataset, shuffle):
-        """Batches of a task with the expert's rows: what the objective compares to train, the logits to evaluate."""
-        batch_size = self.args.per_device_train_batch_size if shuffle else self.args.per_device_eval_batch_size
+    def _batches(self, task, dataset, done):
+        """Batches without end, with the expert's rows that the objective compares, after the first `done` of them.
+
+        Seed and number of an epoch decide its order. The sampler skips what is done; workers, which have random states
+        of their own, have to load it again to come to the same place.
+        """
+        args, order = self.args, torch.Generator()
+        samples = WithExpertRows(dataset, self._expert_rows(task, dataset, logits=False))
+        sampler = BatchSampler(RandomSampler(samples, generator=order), args.per_device_train_batch_size, False)
+        if self.accelerator.num_processes > 1:
+            sampler = BatchSamplerShard(sampler, self.accelerator.num_processes, self.accelerator.process_index)
+
+        def epochs():
+            first, skipped = divmod(done, len(sampler))
+            for epoch in count(first):
+                order.manual_seed(args.seed + epoch)
+                loader = DataLoader(
+                    samples,
+                    batch_sampler=sampler if args.dataloader_num_workers else SkipBatchSampler(sampler, skipped),
+                    generator=order,
+                    collate_fn=self._collate_unlabelled,
+                    num_workers=args.dataloader_num_workers,
+                )
+                yield from islice(loader, skipped if args.dataloader_num_workers else 0, None)
+                skipped = 0
+
+        return (send_to_device(batch, self.accelerator.device) for batch in epochs())
+
+    def _eval_loader(self, task, dataset):
+        """Batches of a task with the expert's logits."""
         loader = DataLoader(
-            WithExpertRows(dataset, self._expert_rows(task, dataset, logits=not shuffle)),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            generator=torch.Generator().manual_seed(self.args.seed),
-            collate_fn=self._collate_unlabelled if shuffle else self._collate,
+            WithExpertRows(dataset, self._expert_rows(task, dataset, logits=True)),
+            batch_size=self.args.per_device_eval_batch_size,
+            generator=torch.Generator().manual_seed(self.args.seed),  # or each evaluation would draw a random number
+            collate_fn=self._collate,
             num_workers=self.args.dataloader_num_workers,
         )
         loader = self.accelerator.prepare(loader)
@@ -382,7 +526,7 @@ class TintTrainer:
 
     def _predict(self, task, dataset):
         """Rows of the merged model and of the expert, and the labels of the rows (None without labels)."""
-        loader = self._loader(task, dataset, shuffle=False)
+        loader = self._eval_loader(task, dataset)
         self.model.set_task(task)
         samples = []
         for batch in loader:
@@ -400,8 +544,7 @@ class TintTrainer:
 
     def _metrics(self, task, rows, expert_rows, labels):
         metrics = {}
-        problem = self._problem_type(task)
-        if problem not in ("regression", "multi_label_classification"):
+        if self._has_one_class(task):
             metrics["agreement"] = float((rows.argmax(-1) == expert_rows.argmax(-1)).mean())
         if labels is None:
             return metrics
@@ -421,30 +564,115 @@ class TintTrainer:
             )
         return metrics
 
-    def _evaluate_state(self, step, best):
-        """Evaluates and logs the present state; returns (step, metric, state) of the better of it and `best`."""
-        results = self.evaluate()
+    def _evaluate_state(self):
+        """Evaluates and logs the present state, and keeps it if it is the best."""
+        results, step, best = self.evaluate(), self._progress.step, self._progress.best
         self._log({"step": step, **{f"eval_{task}_{k}": v for task, m in results.items() for k, v in m.items()}})
         if not self.args.load_best_model_at_end:
-            return None
+            return
         name = self.args.metric_for_best_model
         if name not in results["mean"]:
             known = ", ".join(results["mean"]) or "none; give labels and `compute_metrics`"
             raise ValueError(f"`metric_for_best_model` is {name!r}; there are: {known}.")
         value = results["mean"][name]
-        if best is not None and (value <= best[1] if self.args.greater_is_better else value >= best[1]):
-            return best
-        state = {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        return step, value, state
+        if best is None or (value > best.value if self.args.greater_is_better else value < best.value):
+            self._progress.best = Snapshot(step, value, self._copy_parameters())
 
-    # ---- beside ------------------------------------------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Saves the adapter, and the `processing_class` beside it, to `output_dir` (default: that of the arguments)."""
-        output_dir = output_dir or self.args.output_dir
-        self.model.save_pretrained(output_dir, is_main_process=self.accelerator.is_main_process)
-        if self.processing_class is not None and self.accelerator.is_main_process:
-            self.processing_class.save_pretrained(output_dir)
+        """Saves the adapter, and the `processing_class` beside it, to `output_dir` (default: that of the arguments).
+
+        Each file takes the place of an older one when all are on disk."""
+        if self.accelerator.is_main_process:
+            with added_files(output_dir or self.args.output_dir) as folder:
+                self._save_model(folder)
+
+    def _save_model(self, folder):
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self):
+        args, progress = self.args, self._progress
+        names, optimizer = list(self._parameters()), self._optimizer.state_dict()["state"]
+        tensors = {
+            "parameters": self._parameters(),
+            "optimizer": {f"{key}/{names[i]}": v for i, values in optimizer.items() for key, v in values.items()},
+            "progress": {"order": progress.order.get_state(), "coefficients": progress.coefficients},
+        }
+        state = {
+            "settings": self._settings(),
+            "step": progress.step,
+            "loss": progress.loss,
+            "batches": progress.batches,
+            "window": asdict(progress.window),
+            "log_history": self.log_history,
+        }
+        if progress.best is not None:
+            tensors["best"] = progress.best.parameters
+            state["best"] = progress.best.step, progress.best.value
+        for name in ("start", "best", "latest") if progress.guard is not None else ():
+            snapshot = getattr(progress.guard, name)
+            tensors[f"guard_{name}"] = snapshot.parameters
+            state[f"guard_{name}"] = snapshot.step, snapshot.value
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        random_states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            with new_folder(os.path.join(args.output_dir, f"checkpoint-{progress.step}")) as folder:
+                self._save_model(folder)
+                write_state(folder, tensors, state, random_states)
+            remove_old_checkpoints(args.output_dir, args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _read_checkpoint(self, folder):
+        """What `_save_checkpoint` saved of this very training: tensors, state, and random states of the processes."""
+        tensors, state, random_states = read_state(folder)
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"{name} is {value!r}, and {folder!r} was made with {state['settings'][name]!r}. Resume with the "
+                    "same, or start anew."
+                )
+        shapes = {name: parameter.shape for name, parameter in self._parameters().items()}
+        saved = {name: value.shape for name, value in tensors["parameters"].items()}
+        for name in shapes.keys() | saved.keys():
+            if shapes.get(name) != saved.get(name):
+                raise ValueError(f"{folder!r} is of another model: they differ in {name!r}.")
+        if state["step"] > self.args.max_steps:
+            raise ValueError(f"`max_steps` is {self.args.max_steps}, and {folder!r} is of step {state['step']}.")
+        return tensors, state, random_states
+
+    def _settings(self):
+        """All that decides a training and must be the same when it is resumed, as JSON has it."""
+        return {
+            **{f"`{name}`": getattr(self.args, name) for name in DECISIVE},
+            "the objective": getattr(self.objective, "__name__", type(self.objective).__name__),
+            "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
+            "the number of processes": self.accelerator.num_processes,
+        }
+
+    def _load_state(self, tensors, state):
+        self._set_parameters(tensors["parameters"])
+        names, entries = list(self._parameters()), {}
+        for key, value in tensors.get("optimizer", {}).items():
+            kind, _, name = key.partition("/")
+            entries.setdefault(names.index(name), {})[kind] = value
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
+        progress = self._progress
+        progress.order.set_state(tensors["progress"]["order"])
+        progress.coefficients = tensors["progress"]["coefficients"]
+        progress.step, progress.loss, progress.batches = state["step"], state["loss"], state["batches"]
+        progress.window, self.log_history = Window(**state["window"]), state["log_history"]
+        if "best" in state:
+            progress.best = Snapshot(*state["best"], tensors["best"])
+        for name in ("start", "best", "latest") if progress.guard is not None else ():
+            setattr(progress.guard, name, Snapshot(*state[f"guard_{name}"], tensors[f"guard_{name}"]))
+        if "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    # ---- beside ------------------------------------------------------------------------------------------------------
 
     def _bar(self, items, description, leave=True):
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
@@ -465,24 +693,19 @@ class _Output(NamedTuple):
     compared: tuple[torch.Tensor, list[int]]
 
 
-class _Window:
-    """Losses and fractions of pseudo-labels kept since the last entry of the log."""
+@dataclass
+class _Progress:
+    """What goes on in a training beside the parameters, the optimizer and the log."""
 
-    def __init__(self):
-        self.losses, self.kept = {}, {}
-
-    def add(self, task, loss, kept):
-        self.losses.setdefault(task, []).append(loss)
-        if kept is not None:
-            self.kept.setdefault(task, []).append(kept)
-
-    def summary(self):
-        means = {"loss": self.losses, "kept": self.kept}
-        return {name: float(np.mean(list(chain(*values.values())))) for name, values in means.items() if values}
-
-    def per_task(self):
-        means = {"loss": self.losses, "kept": self.kept}
-        return {f"{name}_{task}": float(np.mean(v)) for name, values in means.items() for task, v in values.items()}
+    order: torch.Generator  # of the tasks in a step
+    coefficients: torch.Tensor  # at the start, (tasks, units)
+    step: int = 0
+    loss: float = 0.0  # summed over the batches
+    batches: int = 0
+    window: Window = field(default_factory=Window)
+    best: Snapshot | None = None  # by evaluation
+    guard: CollapseGuard | None = None
+    collapsed: bool = False
 
 
 @contextmanager
@@ -511,6 +734,5 @@ def _checkpoint(layer, checkpoint, forward, *args):
     return checkpoint(forward_in_evaluation, *args)
 
 
-def _forever(loader):
-    while True:
-        yield from loader
+def _share_equal(ours, theirs):
+    return (ours == theirs).float().mean().item()
