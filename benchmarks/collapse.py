@@ -9,8 +9,8 @@ import argparse
 import time
 
 from peft import get_peft_model
+from suites import add_suite_arguments, collate, prepare, save_result
 from transformers import AutoModelForImageClassification
-from vision_tint import add_suite_arguments, collate, prepare, save_result
 
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 
