@@ -450,3 +450,20 @@ def test_sums_are_not_nested(deltas):
     outer = join(codec.WEIGHTED_SUM, 1, torch.Size([200]), [torch.ones(1), torch.tensor([len(inner)]).int(), inner])
     with pytest.raises(ValueError, match="'x' cannot be decoded: one of its terms has shape"):
         decode({"x": outer})
+
+
+def test_terms_beyond_the_rank():
+    """Such as that of a LoRA: what its own terms leave has further ones."""
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn(64, 4, generator=generator) @ torch.randn(4, 96, generator=generator)
+    errors = [relative_error({"x": delta}, encode({"x": delta}, rank_ratio=ratio)) for ratio in (4 / 64, 0.125, 0.5)]
+    assert errors[0] > 0.4 and errors[1] < 0.35 and errors[2] < 0.1
+
+
+def test_stacked_experts_of_a_mixture():
+    """(experts, m, n) is a matrix where its ranks can be highest."""
+    generator = torch.Generator().manual_seed(0)
+    delta = {"x": torch.stack([low_rank_plus_noise((96, 64), generator) for _ in range(4)])}
+    packed = encode(delta, budget=0.05)
+    assert disk_bytes(packed) <= 0.05 * 4 * 4 * 96 * 64 and relative_error(delta, packed) < 0.5
+    assert decode(packed)["x"].shape == (4, 96, 64)
