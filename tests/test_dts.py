@@ -646,7 +646,8 @@ def test_a_config_can_be_used_again(bert):
     for name, classes in (("b", 5), ("score", 3)):
         model.set_adapter(name)
         assert model.config.id2label == {i: f"{name}-{i}" for i in range(classes)}
-    assert config.unchanged is None and config.labels is None
+    other = get_peft_model(load(bert[0]), config, "score")
+    assert other.config.id2label == {i: f"score-{i}" for i in range(3)}
 
 
 def test_unloading_a_merged_model_gives_the_base(two, bert):

@@ -361,8 +361,11 @@ class DtsModel(WrappingTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         check_adapter_name(adapter_name)
-        # a config that is used again must not have what the first expert has put into it
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        # a config that is used again must not have what its first expert has put into it, nor change that one's
+        if any(own is config for name, own in self.peft_config.items() if name != adapter_name):
+            config = self.peft_config[adapter_name] = copy.copy(config)
+        config.labels = vars(config).setdefault("given_labels", config.labels)
         if any(layer.merged for layer in model.modules() if isinstance(layer, DtsLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         try:
