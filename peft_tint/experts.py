@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from .task_vectors import LazyTensors, LowRank, compute_task_vector
 
@@ -143,12 +143,23 @@ def _refuse_pickle(task, file):
         )
 
 
-def absolute_reference(source: str | dict) -> str | dict:
-    """A reference to a local folder by its absolute path, so that it holds from any working directory."""
-    location = source if isinstance(source, str) else source["id"]
-    if not os.path.isdir(location):
+def pinned_reference(source: str | dict) -> str | dict:
+    """A reference that holds on from any working directory and whatever is pushed to the Hub: a local folder by its
+    absolute path, a repository without a `revision` with the commit that it is at, downloaded or cached."""
+    reference = {"id": source} if isinstance(source, str) else source
+    location, subfolder = reference["id"], reference.get("subfolder") or ""
+    if os.path.isdir(location):
+        return os.path.abspath(location) if isinstance(source, str) else {**source, "id": os.path.abspath(location)}
+    if reference.get("revision"):
         return source
-    return os.path.abspath(location) if isinstance(source, str) else {**source, "id": os.path.abspath(location)}
+    for name in ("config.json", "adapter_config.json", "model.safetensors"):
+        try:
+            file = cached_file(location, name, subfolder=subfolder, _raise_exceptions_for_missing_entries=False)
+        except OSError:  # no such repository, or none that can be reached, of which loading will tell
+            return source
+        if file:
+            return {**reference, "revision": extract_commit_hash(file, None)}
+    return source
 
 
 def hub_reference(source: str | Mapping | None) -> str | Mapping | None:

@@ -37,6 +37,7 @@ from ..experts import (
     labels_of,
     load_expert,
     match_vocabulary,
+    pinned_reference,
     set_labels,
 )
 from ..task_vectors import LazyTensors, compute_task_vector
@@ -309,6 +310,8 @@ class DtsModel(WrappingTuner):
                 "`DtsConfig.expert` is empty: give the Hub id or folder of a fine-tune, or one held in memory to "
                 "`peft_tint.compress(base, expert)`."
             )
+        if config.init_weights and source is config.expert:
+            config.expert = source = pinned_reference(source)
         with _skip_init_on_device():
             if config.init_weights:
                 of_expert = self._load(config, model, tensors, buffers, source)

@@ -29,6 +29,7 @@ class TintConfig(PeftConfig):
         experts (`dict[str, str | dict]`):
             For each task the expert: a Hub id, a local folder, or `{"id": ..., "revision": ..., "subfolder": ...}`,
             of a full checkpoint or of a PEFT adapter of the base model (LoRA stays low-rank, others are merged).
+            When they are loaded, a Hub id without a revision gets that of the commit, a folder its absolute path.
             Task names consist of letters, digits, `_` and `-`. Experts held in memory go through
             [`from_experts`] instead.
         target_modules (`list[str] | str`, *optional*):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from .._structure import find_head, is_target, named_tensors, plain_modules, unit_name
 from .._wrapped_layer import WrappingTuner, check_adapter_name, check_no_peft_model, plain_name, wrap_everywhere
-from ..experts import absolute_reference, labels_of, set_labels
+from ..experts import labels_of, pinned_reference, set_labels
 from ._plan import make_plan
 from ._saved_experts import is_expert_key
 from .config import TintConfig
@@ -445,9 +445,9 @@ class TintModel(WrappingTuner):
             return
         if None in sources.values():
             raise ValueError("These experts were held in memory and are gone; call `from_experts` with them again.")
-        self._plan = make_plan(config, model, sources, start)
         if sources is config.experts:
-            config.experts = {task: absolute_reference(source) for task, source in sources.items()}
+            sources = config.experts = {task: pinned_reference(source) for task, source in sources.items()}
+        self._plan = make_plan(config, model, sources, start)
         if config.save_experts == "dts":
             config.packed_experts = self._plan.packed  # no dataclass field, since tensors are no JSON
             config.unchanged, config.labels = self._plan.unchanged, self._plan.labels
