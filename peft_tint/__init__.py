@@ -1,8 +1,10 @@
 """Merges fine-tuned models by PEFT. Importing this package registers the methods TINT and DTS with PEFT."""
 
+from ._card import model_card
 from ._register import register
 from .dts import DtsConfig, DtsModel, compress
 from .evaluation import NormalizedAccuracy
+from .hub import extend_pushes
 from .merging import MERGING_METHODS, merge_task_vectors
 from .merging._checkpoints import merge_checkpoints
 from .merging._lora import extract_lora
@@ -13,6 +15,7 @@ from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
 register("TINT", TintConfig, TintModel)
 register("DTS", DtsConfig, DtsModel)
+extend_pushes()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,5 +38,6 @@ __all__ = [
     "merge",
     "merge_checkpoints",
     "merge_task_vectors",
+    "model_card",
     "set_task",
 ]

@@ -1,11 +1,15 @@
 """TINT: experts of one base model as one PEFT model with trainable merging coefficients and tint layers."""
 
+import copy
 import math
+import os
+import tempfile
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from datasets.fingerprint import Hasher
+from huggingface_hub import CommitInfo, whoami
 from peft import (
     PeftConfig,
     PeftModel,
@@ -18,10 +22,14 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from .._structure import find_head, is_target, named_tensors, plain_modules, unit_name
+from .._card import TINT_FOLDER, save_card
+from .._structure import find_head, is_target, is_under, join, named_tensors, plain_modules, unit_name
 from .._wrapped_layer import WrappingTuner, check_adapter_name, check_no_peft_model, plain_name, wrap_everywhere
-from ..experts import labels_of, pinned_reference, set_labels
+from ..checkpoints import new_folder
+from ..experts import labels_of, listing, pinned_reference, set_labels
+from ..hub import upload
 from ._plan import make_plan
 from ._saved_experts import is_expert_key
 from .config import TintConfig
@@ -29,6 +37,10 @@ from .merged_layer import MergedLayer, RootMergedLayer
 from .tint_layer import TintLayer
 
 ROOT = "tint_root"  # the name of the layer for the parameters that the model holds itself
+
+
+# Of an earlier push to the same place: what would be loaded with a new merged model, or in its stead
+STALE = ["model*.safetensors*", "adapter_config.json", "adapter_model.safetensors", f"{TINT_FOLDER}/*"]
 
 
 class Coefficients(NamedTuple):
@@ -299,6 +311,98 @@ class TintModel(WrappingTuner):
             if isinstance(layer, RootMergedLayer):
                 layer.remove_hooks()
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
+
+    def save_merged(
+        self,
+        folder: str | os.PathLike,
+        task: str | None = None,
+        processing_class=None,
+        max_shard_size: int | str = "50GB",
+        **card,
+    ) -> None:
+        """Saves all tasks on one merged backbone, to be loaded without experts; the model stays as it is.
+
+        The new `folder` is that of a plain transformers model for `task` (default: the current one), as
+        `merge_and_unload(task=...)` makes it. Its folder "tint" is a TINT adapter of that model, which has all tasks'
+        tint layers, heads and labels, for `set_task` and `task_names`:
+
+            base = AutoModelForSequenceClassification.from_pretrained(folder)
+            model = PeftModel.from_pretrained(base, folder, subfolder="tint")
+
+        The experts of that adapter are the merged models, and are in it. `processing_class` (a tokenizer, an image
+        processor) is saved beside, `card` are arguments of `model_card`. Raises ValueError if there is something in
+        `folder`, for a model that is none of transformers, and for tasks that differ in nothing.
+        """
+        task = task or self.task
+        self._check_tasks(task)
+        with new_folder(folder) as path:
+            self._save_merged(path, task, os.path.realpath(folder), processing_class, max_shard_size)
+            save_card(self, path, merged_for=task, processing_class=processing_class, **card)
+
+    def push_merged_to_hub(
+        self,
+        repo_id: str,
+        task: str | None = None,
+        processing_class=None,
+        max_shard_size: int | str = "50GB",
+        **kwargs,
+    ) -> CommitInfo:
+        """Pushes what `save_merged` saves to one repository, as one commit.
+
+        `kwargs` are those of transformers' `push_to_hub` (`private`, `token`, `revision`, `commit_message`, ...) and of
+        `model_card`."""
+        task = task or self.task
+        self._check_tasks(task)
+        card = {"merged_for": task, "processing_class": processing_class}
+        if "/" not in repo_id:
+            repo_id = f"{whoami(kwargs.get('token'))['name']}/{repo_id}"
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_merged(folder, task, repo_id, processing_class, max_shard_size)
+            return upload(self, folder, repo_id, delete_patterns=STALE, **card, **kwargs)
+
+    def _save_merged(self, folder, task, place, processing_class, max_shard_size):
+        """`place` is where the merged model will be."""
+        layers = {
+            plain_name(name): layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, TintLayer) and self._adapter in layer.modules_to_save
+        }
+        if not layers or not isinstance(self.model, PreTrainedModel):
+            problem = "is no transformers model" if layers else "has neither a head nor a tint layer for each task"
+            raise ValueError(
+                f"This {type(self.model).__name__} {problem}. Save the model that `merge_and_unload` returns instead."
+            )
+        merged = self._copy_with_these_tensors().merge_and_unload(task=task)
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        _, report = type(merged).from_pretrained(folder, device_map="meta", output_loading_info=True)
+        if report["missing_keys"]:
+            raise ValueError(
+                f"transformers does not save {listing(report['missing_keys'])} of the merged model, for in the base "
+                "model that is tied to a tint layer. Use another `tint_layer`, or save the adapter."
+            )
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+        backbone = {name: tensor for name, tensor in merged.state_dict().items() if not is_under(name, layers)}
+        experts = {}
+        for name in self.tasks:
+            experts[name] = dict(backbone)
+            for module, layer in layers.items():
+                own = layer.modules_to_save[self._adapter][name].state_dict()
+                experts[name] |= {join(module, leaf): tensor for leaf, tensor in own.items()}
+        trainable = [name for name, layer in layers.items() if layer.trainable[self._adapter]]
+        task_type = self._active_config.task_type
+        model = from_experts(merged, experts, tint_layer=trainable, save_experts="dts", task_type=task_type)
+        config = model.peft_config["default"]
+        config.labels, config.base_model_name_or_path = self._labels[self._adapter], place
+        model.save_pretrained(os.path.join(folder, TINT_FOLDER), save_embedding_layers=False)
+        os.remove(os.path.join(folder, TINT_FOLDER, "README.md"))  # PEFT's form, which names the base of the experts
+
+    def _copy_with_these_tensors(self):
+        """A copy that shares the tensors of this model, of which merging replaces its own."""
+        memo = {id(parameter): nn.Parameter(parameter.data, False) for parameter in self.parameters()}
+        for shared in (*self.buffers(), *self.peft_config.values(), self._unmerged):
+            memo[id(shared)] = shared
+        return copy.deepcopy(self, memo)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

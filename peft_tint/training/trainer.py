@@ -24,8 +24,10 @@ from transformers import DataCollatorWithPadding, EvalPrediction, default_data_c
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 
+from .._card import FILE, read_card, save_card
 from ..checkpoints import added_files, new_folder
 from ..evaluation import NormalizedAccuracy
+from ..hub import push_adapters
 from .arguments import DECISIVE, TintTrainingArguments
 from .collapse import CollapseGuard, Snapshot, Window
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
@@ -580,18 +582,38 @@ class TintTrainer:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Saves the adapter, and the `processing_class` beside it, to `output_dir` (default: that of the arguments).
+    def save_model(self, output_dir: str | None = None, results: dict[str, dict[str, float]] | None = None) -> None:
+        """Saves the adapter, its model card, and the `processing_class`, to `output_dir` (default: the arguments').
 
-        Each file takes the place of an older one when all are on disk."""
+        `results`, as `evaluate` returns them, go into the card. A card that is there keeps what was written around
+        the generated part. Each file takes the place of an older one when all are on disk."""
         if self.accelerator.is_main_process:
-            with added_files(output_dir or self.args.output_dir) as folder:
+            output_dir = output_dir or self.args.output_dir
+            existing = read_card(os.path.join(output_dir, FILE))
+            with added_files(output_dir) as folder:
                 self._save_model(folder)
+                save_card(self.model, folder, existing=existing, results=results, **self._for_card())
 
     def _save_model(self, folder):
         self.model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, results: dict[str, dict[str, float]] | None = None, **kwargs):
+        """Pushes what `save_model` saves, as one commit. Returns its `CommitInfo`, None in other processes than the
+        main one.
+
+        `kwargs` are those of transformers' `push_to_hub` (`private`, `token`, `revision`, `commit_message`, ...) and of
+        `model_card`. Raises ValueError for an adapter whose experts or base model are folders of this machine."""
+        if self.accelerator.is_main_process:
+            return push_adapters(self.model, repo_id, results=results, **self._for_card(), **kwargs)
+
+    def _for_card(self):
+        steps = max((logs["step"] for logs in self.log_history), default=0)
+        settings = {"objective": getattr(self.objective, "__name__", "a function"), "steps": steps}
+        for name in ("update", "per_device_train_batch_size", "seed"):
+            settings[name.replace("_", " ")] = getattr(self.args, name)
+        return {"processing_class": self.processing_class, "training": settings if steps else None}
 
     def _save_checkpoint(self):
         args, progress = self.args, self._progress
