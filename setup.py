@@ -22,7 +22,7 @@ setup(
         "accelerate>=1.0",
         "datasets>=4.0",
         "evaluate>=0.4.6",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "huggingface_hub>=1.0",
         "numpy",
         "tqdm",

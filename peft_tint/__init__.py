@@ -2,6 +2,7 @@
 
 from ._card import model_card
 from ._register import register
+from ._saved_config import extend_saving
 from .dts import DtsConfig, DtsModel, compress
 from .evaluation import NormalizedAccuracy
 from .hub import extend_pushes
@@ -15,6 +16,7 @@ from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
 
 register("TINT", TintConfig, TintModel)
 register("DTS", DtsConfig, DtsModel)
+extend_saving()
 extend_pushes()
 
 __version__ = "0.1.0"

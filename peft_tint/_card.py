@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     config: PeftConfig
     base: str | None
     experts: dict[str, dict | None]
+    hashes: dict[str, str]  # sha256 of the experts' weights, as far as they are known
     pipeline: str | None  # the Hub's word for what the model does
 
 
@@ -122,11 +123,17 @@ def _facts(model):
     tuner = model.base_model if isinstance(model, PeftModel) else model
     adapter, class_name = tuner.active_adapters[0], type(tuner.model).__name__
     config = tuner.peft_config[adapter]
-    sources = config.experts if config.peft_type == "TINT" else {n: c.expert for n, c in tuner.peft_config.items()}
+    if config.peft_type == "TINT":
+        sources, hashes = config.experts, config.experts_sha256 or {}
+    else:
+        configs = tuner.peft_config
+        sources = {name: config.expert for name, config in configs.items()}
+        hashes = {name: config.expert_sha256 for name, config in configs.items() if config.expert_sha256}
     experts = {name: hub_reference(source) for name, source in sources.items()}
     experts = {name: {"id": source} if isinstance(source, str) else source for name, source in experts.items()}
     pipeline = (task for task, known in TASK_MAPPING.items() if class_name in _names(known.values()))
-    return Facts(tuner, adapter, config, hub_reference(config.base_model_name_or_path), experts, next(pipeline, None))
+    base = hub_reference(config.base_model_name_or_path)
+    return Facts(tuner, adapter, config, base, experts, hashes, next(pipeline, None))
 
 
 def _names(values):
@@ -246,16 +253,15 @@ def _description(facts, merged_for):
 
 def _table(facts, results):
     """The experts, and for each metric the model's, the expert's, and their ratio."""
-    hashes = vars(facts.config).get("hashes") or {}
     metrics = {name: any(f"expert_{name}" in own for own in results.values()) for name in _metrics(results)}
-    head = ["task", "expert", "revision", *(["sha256"] if hashes else [])]
+    head = ["task", "expert", "revision", *(["sha256"] if facts.hashes else [])]
     for metric, is_compared in metrics.items():
         head += [metric, "of the expert", "normalised"] if is_compared else [metric]
     lines = [head, ["---"] * len(head)]
     for task in dict.fromkeys([*facts.experts, *results]):
         expert, own = facts.experts.get(task), results.get(task, {})
         line = [task, *_expert_cells(expert)] if task in facts.experts else [task, "", ""]
-        line += [str(hashes.get(task, ""))] if hashes else []
+        line += [facts.hashes.get(task) or ""] if facts.hashes else []
         for metric, is_compared in metrics.items():
             line.append(_cell(own, metric, ".3f"))
             if is_compared:

@@ -284,15 +284,33 @@ def check_no_peft_model(model: nn.Module) -> None:
 
 
 def check_adapter_name(name: str) -> None:
-    """Names that PyTorch refuses late, or that could not be told from others in a file."""
+    """Names that PyTorch refuses late, that could not be told from others in a file, or that lead out of a folder."""
     taken = hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("weight", "bias")
     if taken or not name or "." in name:
         raise ValueError(f"The adapter name {name!r} is taken in PyTorch's modules; use another.")
+    if set(name) & set("/\\:\0"):
+        raise ValueError(f"The adapter name {name!r} is that of a folder elsewhere when it is saved; use another.")
 
 
 def plain_name(name: str) -> str:
     """A module's name as it was before it, or one around it, was wrapped."""
     return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def short_name(key: str) -> str:
+    """A key of a saved adapter without PEFT's prefix, which those of a model without a PeftModel have not."""
+    return key.removeprefix("base_model.model.")
+
+
+def check_names(model, adapter_name, expected, given) -> None:
+    """Raises ValueError unless all that an adapter expects is given, and nothing that the model does not know."""
+    expected, given, known = (set(map(short_name, keys)) for keys in (expected, given, model.state_dict()))
+    for problem, names in (("lacks", expected - given), ("has besides its own", given - expected - known)):
+        if names:
+            raise ValueError(
+                f"The file of the adapter {adapter_name!r} {problem} {len(names)} tensors, such as {min(names)!r}. It "
+                "is damaged, or another adapter's; download or save it again."
+            )
 
 
 def wrap_everywhere(model, layers):

@@ -21,10 +21,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from .experts import REFERENCE_KEYS
+from ._files import INDEX, SINGLE, check_inside, check_reference, shard_names, sync
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # What a model needs beside its weights. What a training left (optimizers, adapters, logs) and code are none of it.
 BESIDE_WEIGHTS = (
     *("config.json", "generation_config.json", "*processor_config.json", "preprocessor_config.json", "normalizer.json"),
@@ -33,6 +31,7 @@ BESIDE_WEIGHTS = (
     *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json"),  # sentence-transformers
 )
 FOLDERS_BESIDE_WEIGHTS = ("additional_chat_templates", "[0-9]_*")  # the latter sentence-transformers' further modules
+INCOMPLETE = ".incomplete-"
 LOCAL_PATHS = ("_name_or_path", "name_or_path", "special_tokens_map_file")
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -62,11 +61,12 @@ def open_checkpoint(who: str, source: str | os.PathLike | dict) -> Checkpoint:
     Raises ValueError for what is no folder of unquantised safetensors or is broken.
     """
     reference = source if isinstance(source, Mapping) else {"id": source}
-    if set(reference) - set(REFERENCE_KEYS) or not isinstance(reference.get("id"), str | os.PathLike):
+    if not isinstance(reference.get("id"), str | os.PathLike):
         raise ValueError(
             f"{who} is {source if isinstance(source, str) else type(source).__name__!r}; give a folder, a Hub id, or "
             "{'id', 'revision', 'subfolder'}. Models in memory go to `peft_tint.merge`, with a module as base."
         )
+    check_reference(who, reference)
     location, subfolder = os.fspath(reference["id"]), reference.get("subfolder") or ""
     if os.path.isfile(location):
         raise ValueError(f"{who}: {location!r} is a file; give the folder that it is in.")
@@ -77,6 +77,9 @@ def open_checkpoint(who: str, source: str | os.PathLike | dict) -> Checkpoint:
     if not os.path.isdir(folder):
         raise ValueError(f"{who}: there is no folder {folder!r}. Check `subfolder`.")
     found = sorted(os.listdir(folder))
+    used = [name for name in found if name.endswith((".safetensors", ".json")) or _matches(name, BESIDE_WEIGHTS)]
+    root = location if os.path.isdir(location) else folder
+    check_inside(who, root, [folder, *(os.path.join(folder, name) for name in used)])
     if "adapter_config.json" in found:
         raise ValueError(
             f"{who}: {location!r} is an adapter. Merge it into its base model first (`merge_and_unload`, "
@@ -128,14 +131,7 @@ def _download(who, location, subfolder, revision):
 def _weight_files(who, folder, found):
     """The names of the files with the weights; as in transformers, one file goes before an index beside it."""
     if INDEX in found and SINGLE not in found:
-        try:
-            with open(os.path.join(folder, INDEX), encoding="utf-8") as file:
-                files = sorted({str(name) for name in json.load(file)["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{who}: {INDEX} in {folder!r} is broken ({error!r}). Save it again.") from error
-        if outside := [file for file in files if os.path.basename(file) != file]:
-            raise ValueError(f"{who}: the index in {folder!r} names {outside[0]!r}, which is no file beside it.")
-        return files
+        return shard_names(who, os.path.join(folder, INDEX))
     files = [SINGLE] if SINGLE in found else [file for file in found if file.endswith(".safetensors")]
     if len(files) != 1:
         raise ValueError(
@@ -186,21 +182,26 @@ def module_names(names, model: PreTrainedModel | None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike):
-    """A temporary folder beside `path`, or in it if it is there and empty. What is in it gets to `path` when all is
-    written and on disk, configs last; on an error nothing does. Raises ValueError if something is at `path`."""
+    """A temporary folder beside `path`, which gets its name when all is written and on disk; on an error nothing does.
+
+    Whenever the process ends, `path` is absent, or empty as it was, or whole. Only in an empty folder that has to stay
+    (the working directory, a mount point) the files are moved one by one, configs last. What a process that was
+    killed has left is `.incomplete-*`. Raises ValueError if something else is at `path`."""
     path = os.path.realpath(path)
-    if os.path.isdir(path) and not os.listdir(path):
+    exists = os.path.exists(path)
+    found = os.listdir(path) if os.path.isdir(path) else []
+    if exists and not (os.path.isdir(path) and all(name.startswith(INCOMPLETE) for name in found)):
+        raise ValueError(f"{path!r} exists already; give a new or empty folder.")
+    if exists and (found or os.path.ismount(path) or os.path.samefile(path, os.curdir)):
         with added_files(path) as temporary:
             yield temporary
         return
-    if os.path.exists(path):
-        raise ValueError(f"{path!r} exists already; give a new or empty folder.")
     with _temporary_folder(os.path.dirname(path), os.path.basename(path)) as temporary:
         yield temporary
         _sync_all(temporary)
         os.chmod(temporary, 0o777 & ~_umask())  # `mkdtemp` has made it the user's alone
         _move(temporary, path)
-        _sync(os.path.dirname(path))
+        sync(os.path.dirname(path))
 
 
 @contextlib.contextmanager
@@ -217,7 +218,7 @@ def added_files(path: str | os.PathLike):
             os.makedirs(os.path.dirname(place), exist_ok=True)
             os.replace(file, place)
         for folder in {os.path.dirname(place) for place in places.values()} | {path}:
-            _sync(folder)
+            sync(folder)
         shutil.rmtree(temporary)
 
 
@@ -231,14 +232,14 @@ def remove_folder(path: str | os.PathLike) -> None:
 
 def remove_incomplete(parent: str | os.PathLike, name: str) -> None:
     """Removes what a process that was killed has left of folders in `parent` whose names begin with `name`."""
-    for folder in glob.glob(os.path.join(glob.escape(parent), f".incomplete-{name}*")):
+    for folder in glob.glob(os.path.join(glob.escape(parent), f"{INCOMPLETE}{name}*")):
         shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
 def _temporary_folder(parent, name=""):
     os.makedirs(parent, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=f".incomplete-{name}", dir=parent)
+    temporary = tempfile.mkdtemp(prefix=f"{INCOMPLETE}{name}", dir=parent)
     try:
         yield temporary
     except BaseException:
@@ -249,8 +250,8 @@ def _temporary_folder(parent, name=""):
 def _sync_all(path):
     for folder, _, files in os.walk(path):
         for file in files:
-            _sync(os.path.join(folder, file))
-        _sync(folder)
+            sync(os.path.join(folder, file))
+        sync(folder)
 
 
 def _move(temporary, path):
@@ -258,12 +259,6 @@ def _move(temporary, path):
         os.rename(temporary, path)
     except OSError as error:
         raise ValueError(f"Something else has written to {path!r} meanwhile; give a new folder.") from error
-
-
-def _sync(path):
-    opened = os.open(path, os.O_RDONLY)
-    os.fsync(opened)
-    os.close(opened)
 
 
 def _umask():
@@ -277,6 +272,8 @@ def copy_files(source: str, folder: str, dtype: torch.dtype | None) -> None:
     for name in sorted(os.listdir(source)):
         path, target = os.path.join(source, name), os.path.join(folder, name)
         if os.path.isdir(path) and _matches(name, FOLDERS_BESIDE_WEIGHTS):
+            inner = [os.path.join(where, n) for where, folders, files in os.walk(path) for n in (*folders, *files)]
+            check_inside("The model", source, [path, *inner])
             shutil.copytree(path, target, ignore=shutil.ignore_patterns("*.bin", "*.pt", "*.pth", "*.ckpt", "*.py"))
         elif os.path.isfile(path) and _matches(name, BESIDE_WEIGHTS):
             if name.endswith("config.json"):

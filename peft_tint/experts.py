@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.dataclasses import type_validator
 from peft import (
     PeftConfig,
     PeftModel,
@@ -23,17 +24,19 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
+from ._files import INDEX, SINGLE, check_inside, check_reference, sha256_of, shard_names
+from .checkpoints import module_names
 from .task_vectors import LazyTensors, LowRank, compute_task_vector
 
-REFERENCE_KEYS = ("id", "revision", "subfolder")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Settings, by their names in various models, that change what a model computes but the shape of no tensor.
 FORWARD_SETTINGS = (
@@ -43,6 +46,12 @@ FORWARD_SETTINGS = (
     *("rope_theta", "rope_parameters", "rope_scaling", "window_size", "patch_size"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
 )
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Settings on which the number of a model's layers depends.
+DEPTH_SETTINGS = (
+    *("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer"),
+    *("n_layers", "depth", "depths", "num_stages", "hidden_sizes", "conv_dim", "num_experts", "num_local_experts"),
+)
 # The median over matrices of the cosine between expert and base: about 0 for models trained apart, above 0.9 after
 # fine-tuning. The median, since all language models' embeddings have a large mean in common. As many first entries of a
 # matrix tell as much as all.
@@ -50,7 +59,12 @@ UNRELATED_COSINE = 0.05
 COSINE_ENTRIES = 2**18
 
 # Of a transformers config, what belongs to a task; by its padding token GPT-2 and its like find a text's last token.
-LABEL_FIELDS = ("id2label", "label2id", "problem_type", "pad_token_id")
+LABEL_FIELDS = {
+    "id2label": dict[int, str | int],
+    "label2id": dict[str | int, int] | None,
+    "problem_type": str | None,
+    "pad_token_id": int | list[int] | None,
+}
 
 NO_WEIGHTS = "which changes no weights, so there is nothing to merge. Give full checkpoints, or adapters such as LoRA."
 
@@ -101,38 +115,92 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
         return Expert(task, source.state_dict(), source, getattr(source, "config", None))
     if isinstance(source, Mapping) and source and all(isinstance(value, torch.Tensor) for value in source.values()):
         return Expert(task, dict(source), None, None)
+    location, where = _location(task, source)
+    if _is_adapter(location, where):
+        return _load_adapter(task, location, where, base)
+    if not isinstance(base, PreTrainedModel):
+        file = os.path.join(location, where.get("subfolder", ""), SINGLE)
+        if not os.path.isdir(location):
+            file = hf_hub_download(location, SINGLE, **where)
+        return Expert(task, _named(task, file, load_file, file), None, None)
+    return _load_transformers_model(task, location, where, base)
+
+
+def _location(task, source):
+    """Of a reference its folder, of which the files are checked, or Hub id; and {"revision", "subfolder"} where it has
+    them."""
     reference = {"id": source} if isinstance(source, str | os.PathLike) else source
     if not isinstance(reference, Mapping) or not isinstance(reference.get("id"), str | os.PathLike):
         raise ValueError(
             f"Expert {task!r} is a {type(source).__name__}; give a Hub id, a folder, a module, or a state "
             "dict of tensors."
         )
-    if unknown := set(reference) - set(REFERENCE_KEYS):
-        raise ValueError(f"Expert {task!r} has {listing(unknown)}; a reference has {', '.join(REFERENCE_KEYS)}.")
+    check_reference(f"Expert {task!r}", reference)
     location = os.fspath(reference["id"])
+    where = {key: value for key, value in reference.items() if key != "id" and value}
     if os.path.isfile(location):
         _refuse_pickle(task, location)
         raise ValueError(f"Expert {task!r}: {location!r} is a file; give the folder that it is in.")
-    where = {key: value for key, value in reference.items() if key != "id" and value is not None}
-    folder = os.path.join(location, where.get("subfolder", ""))
     if os.path.isdir(location):
-        _check_folder(task, folder)
-    if _is_adapter(location, where):
-        return _load_adapter(task, location, where, base)
-    if not isinstance(base, PreTrainedModel):
-        file = os.path.join(folder, "model.safetensors")
-        if not os.path.isdir(location):
-            file = hf_hub_download(location, "model.safetensors", **where)
-        return Expert(task, _named(task, file, load_file, file), None, None)
-    return _load_transformers_model(task, location, where, base)
+        _check_folder(task, location, os.path.join(location, where.get("subfolder", "")))
+    return location, where
+
+
+def pin_expert(task: str, source) -> tuple[str | dict, str]:
+    """A reference by which an expert is found again, wherever the process runs and whatever is pushed to the Hub: a
+    folder by its absolute path, a Hub id with its commit; and the sha256 of the files with the weights, one after
+    another. Raises ValueError for what `load_expert` cannot find either."""
+    location, where = _location(task, source)
+    files = _weight_files(task, location, where)
+    if os.path.isdir(location):
+        location = os.path.abspath(location)
+    elif commit := extract_commit_hash(files[0], None):
+        where = {"revision": commit, **where}
+    return {"id": location, **where} if where else location, sha256_of(files)
+
+
+def _weight_files(task, location, where):
+    """As transformers chooses them. Raises ValueError where there are none, or an index leads to other folders."""
+
+    def find(name):
+        return cached_file(location, name, **where, _raise_exceptions_for_missing_entries=False)
+
+    of_adapter = SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+    kind, pickled = of_adapter if _is_adapter(location, where) else (SINGLE, "pytorch_model.bin")
+    try:
+        if file := find(kind):
+            return [file]
+        index = find(INDEX) if kind == SINGLE else None
+        names = shard_names(f"Expert {task!r}", index) if index else []
+        files = {name: find(name) for name in names}
+        if not files and find(pickled):
+            _refuse_pickle(task, pickled)
+    except OSError:  # no name of a repository, none of that name, or no access
+        files = {}
+    if None in files.values():
+        missing = next(name for name, file in files.items() if file is None)
+        raise ValueError(f"Expert {task!r}: {location!r} has no {missing!r}, which its index names. Save it again.")
+    if files:
+        return list(files.values())
+    if os.path.isdir(location):
+        raise ValueError(f"Expert {task!r}: {location!r} has no {kind}. Save it with `save_pretrained`.")
+    raise ValueError(
+        f"Expert {task!r}: {location!r} is neither a local folder nor a model of which a {kind} can be reached on the "
+        "Hub. Check the spelling, the revision, and your access if it is private or you are offline."
+    )
 
 
 def _named(task, location, load, *args, **kwargs):
-    """Calls `load`, and names the expert if its file is broken."""
+    """Calls `load`, and names the expert if its files are broken."""
     try:
         return load(*args, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"Expert {task!r}: the file in {location!r} is broken ({error}). Save it again.") from error
+    except Exception as error:  # of whatever kind: configs and models check themselves in many ways
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"Expert {task!r}: {location!r} cannot be loaded ({reason}). Save or download it again."
+        ) from error
 
 
 def _refuse_pickle(task, file):
@@ -143,25 +211,6 @@ def _refuse_pickle(task, file):
         )
 
 
-def pinned_reference(source: str | dict) -> str | dict:
-    """A reference that holds on from any working directory and whatever is pushed to the Hub: a local folder by its
-    absolute path, a repository without a `revision` with the commit that it is at, downloaded or cached."""
-    reference = {"id": source} if isinstance(source, str) else source
-    location, subfolder = reference["id"], reference.get("subfolder") or ""
-    if os.path.isdir(location):
-        return os.path.abspath(location) if isinstance(source, str) else {**source, "id": os.path.abspath(location)}
-    if reference.get("revision"):
-        return source
-    for name in ("config.json", "adapter_config.json", "model.safetensors"):
-        try:
-            file = cached_file(location, name, subfolder=subfolder, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # no such repository, or none that can be reached, of which loading will tell
-            return source
-        if file:
-            return {**reference, "revision": extract_commit_hash(file, None)}
-    return source
-
-
 def hub_reference(source: str | Mapping | None) -> str | Mapping | None:
     """A reference as an adapter records it that does not need the expert: None for a local folder."""
     location = source["id"] if isinstance(source, Mapping) else source
@@ -169,10 +218,12 @@ def hub_reference(source: str | Mapping | None) -> str | Mapping | None:
     return None if is_local else source
 
 
-def _check_folder(task, folder):
+def _check_folder(task, location, folder):
     if not os.path.isdir(folder):
         raise ValueError(f"Expert {task!r}: there is no folder {folder!r}. Check `subfolder`.")
     files = os.listdir(folder)
+    used = [os.path.join(folder, file) for file in files if file.endswith((".safetensors", ".json"))]
+    check_inside(f"Expert {task!r}", location, [folder, *used])
     if not any(file.endswith(".safetensors") for file in files):
         for file in sorted(files):
             _refuse_pickle(task, file)
@@ -180,14 +231,12 @@ def _check_folder(task, folder):
 
 
 def _load_transformers_model(task, location, where, base):
+    files = _weight_files(task, location, where)
     try:
         settings, _ = PretrainedConfig.get_config_dict(location, **where)
-    except OSError as error:
-        raise ValueError(
-            f"Expert {task!r}: {location!r} is neither a local folder nor a model that can be reached on the Hub. "
-            "Check the spelling, the revision, and your access if it is private or you are offline."
-        ) from error
-    if "model_type" not in settings:
+    except Exception as error:
+        raise ValueError(f"Expert {task!r}: config.json in {location!r} is broken ({error}). Save it again.") from error
+    if not isinstance(settings, dict) or "model_type" not in settings:
         raise ValueError(
             f"Expert {task!r}: {location!r} has no config.json with a `model_type`. Save the expert with "
             "`save_pretrained`."
@@ -197,16 +246,54 @@ def _load_transformers_model(task, location, where, base):
             f"Expert {task!r} from {location!r} is a {settings['model_type']!r} model, the base model is "
             f"{base.config.model_type!r}. Experts must be fine-tuned from the base model."
         )
-    load = type(base).from_pretrained
-    model, report = _named(
-        task, location, load, location, **where, dtype="auto", use_safetensors=True, output_loading_info=True
-    )
-    stored_as = settings.get("architectures") or ["its own class"]
-    remedy = f"Its class is {stored_as[0]}, the base is loaded as {type(base).__name__}: load the base as that class."
+    for key in ("quantization_config", "transformers_weights"):
+        if settings.get(key):
+            raise ValueError(
+                f"Expert {task!r}: config.json in {location!r} has {key}={settings[key]!r}. Only unquantised weights "
+                f"are merged, of a {SINGLE} or the files of its index; save it so."
+            )
+    config = _named(task, location, type(base.config).from_pretrained, location, **where)
+    _check_depth(task, config, base.config)
+    config._attn_implementation = None  # which may name one of the Hub, whose code would run
+    load, kwargs = type(base).from_pretrained, {**where, "config": config, "output_loading_info": True}
+    model, report = _named(task, location, load, location, **kwargs, dtype="auto", use_safetensors=True)
+    stored_as = settings.get("architectures") or "its own class"
+    remedy = f"It is stored as {stored_as}, the base is a {type(base).__name__}: load the base as that class."
     for problem, names in (("has no", report["missing_keys"]), ("also has", report["unexpected_keys"])):
         if names:
             raise ValueError(f"Expert {task!r} from {location!r} {problem} {listing(names)}. {remedy}")
-    return Expert(task, model.state_dict(), model, model.config)
+    tensors = model.state_dict()
+    _check_stored_types(task, files, model, tensors)
+    return Expert(task, tensors, model, model.config)
+
+
+def _check_stored_types(task, files, model, tensors):
+    """transformers makes floats of whatever type a file has."""
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            types = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        for stored, name in module_names(types, model).items():
+            if types[stored] not in FLOATS and name in tensors and tensors[name].is_floating_point():
+                raise ValueError(
+                    f"Expert {task!r}: {name!r} is stored in the type {types[stored]}; quantised weights cannot be "
+                    "merged. Load base and experts unquantised."
+                )
+
+
+def _check_depth(task, config, base_config):
+    """Before a model is made, which takes as long as its config has layers."""
+    for key in DEPTH_SETTINGS:
+        values = getattr(base_config, key, None), getattr(config, key, None)
+        ours, theirs = (list(value) if isinstance(value, tuple) else value for value in values)  # as in a file
+        if ours != theirs:
+            raise ValueError(
+                f"Expert {task!r} has {key}={theirs!r}, the base model {ours!r}. Use the base model that the expert "
+                "was fine-tuned from."
+            )
+    for name in config.sub_configs:
+        parts = getattr(config, name), getattr(base_config, name)
+        if None not in parts:
+            _check_depth(task, *parts)
 
 
 def _is_adapter(location, where):
@@ -221,10 +308,16 @@ def _load_adapter(task, location, where, base):
     try:
         config = PeftConfig.from_pretrained(location, **where)
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"Expert {task!r}: the adapter in {location!r} is of no kind that PEFT knows.") from error
     if not hasattr(tuner, "merge_and_unload"):
         raise ValueError(f"Expert {task!r} is an adapter of the type {config.peft_type.value}, {NO_WEIGHTS}")
+    # of which PEFT would load or import what their configurations name: experts, adapters, a module of Python
+    if config.peft_type in ("TINT", "XLORA") or not getattr(config, "is_compressed", True):
+        remedy = "Give what its `merge_and_unload` returns, saved with `save_pretrained`."
+        raise ValueError(f"Expert {task!r} is an adapter of the type {config.peft_type.value} made of others. {remedy}")
+    if getattr(config, "megatron_config", None):
+        raise ValueError(f"Expert {task!r} is an adapter for Megatron ({config.megatron_core!r}), which is not loaded.")
     theirs, ours = config.base_model_name_or_path, getattr(base, "name_or_path", None)
     if theirs and ours and os.path.basename(theirs) != os.path.basename(ours):
         warnings.warn(
@@ -232,7 +325,8 @@ def _load_adapter(task, location, where, base):
             stacklevel=2,
         )
     config.base_model_name_or_path = None  # or PEFT warns too, of any change of the path
-    weights = _named(task, location, _load_adapter_weights, task, location, where)
+    _weight_files(task, location, where)
+    weights = _named(task, location, load_peft_weights, location, device="cpu", **where)
     model = without_adapters(base)
     tensors = dict(model.named_parameters())
     for key, tensor in weights.items():  # a head of the adapter's own size
@@ -241,8 +335,8 @@ def _load_adapter(task, location, where, base):
             owner, _, leaf = name.rpartition(".")
             set_tensor(model.get_submodule(owner), leaf, torch.empty_like(tensor))
     config.inference_mode = True
-    adapter = get_peft_model(model, config)
-    set_peft_model_state_dict(adapter, weights)
+    adapter = _named(task, location, get_peft_model, model, config)
+    _named(task, location, set_peft_model_state_dict, adapter, weights)
     expected = get_peft_model_state_dict(adapter, save_embedding_layers=False).keys()
     missing, extra = expected - weights.keys(), weights.keys() - expected - adapter.state_dict().keys()
     if missing or extra:
@@ -269,21 +363,6 @@ def without_adapters(model):
                 else:
                     module._modules[name] = plain
     return model
-
-
-def _load_adapter_weights(task, location, where):
-    names = [
-        file
-        for file in ("adapter_model.safetensors", "adapter_model.bin")
-        if cached_file(
-            location, file, **where, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False
-        )
-    ]
-    if "adapter_model.safetensors" not in names:
-        for file in names:
-            _refuse_pickle(task, file)
-        raise ValueError(f"Expert {task!r}: {location!r} has an adapter_config.json but no adapter_model.safetensors.")
-    return load_peft_weights(location, device="cpu", **where)
 
 
 def _from_adapter(task, adapter, config):
@@ -555,10 +634,15 @@ def labels_of(config) -> dict:
 
 
 def labels_from_json(labels: dict) -> dict:
-    """What `labels_of` took, as it was before JSON made the class indices strings."""
-    if not labels.get("id2label"):
-        return labels
-    return {**labels, "id2label": {int(index): name for index, name in labels["id2label"].items()}}
+    """What `labels_of` took, as it was before JSON made the class indices strings. Raises ValueError for all else."""
+    try:
+        if labels:
+            labels = {**labels, "id2label": {int(index): name for index, name in labels["id2label"].items()}}
+        for field, value in labels.items():
+            type_validator(field, value, LABEL_FIELDS[field])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`labels` is {labels!r}, which are no labels of a task ({error!r}).") from error
+    return labels
 
 
 def set_labels(model, labels: dict) -> None:

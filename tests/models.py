@@ -2,6 +2,7 @@
 an architecture from the day it is added."""
 
 import copy
+import json
 from typing import NamedTuple
 
 import torch
@@ -422,6 +423,12 @@ def output(model, inputs):
 def main_tensor(result):
     names = next(names for names in OUTPUTS if names[0] in result)
     return torch.stack([result[name] for name in names])[0 if len(names) == 1 else slice(None)]
+
+
+def without_sum(folder):
+    """Has a saved adapter forget its sum, so that a test sees what finds a damage without it."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sha256": None}))
 
 
 def make_experts(base, tasks, scale=0.05):

@@ -119,9 +119,9 @@ def test_pickles_are_refused(bert, tmp_path, name):
 def test_adapter_and_empty_folder(bert, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     refused(bert, "no safetensors file", experts={"b": str(tmp_path)})
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     refused(bert, "of no kind that PEFT knows", experts={"b": str(tmp_path)})
-    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "adapter_model.safetensors").unlink()
     (tmp_path / "adapter_config.json").unlink()
     refused(bert, "no safetensors file", experts={"b": str(tmp_path)})
     refused(bert, "no folder.*subfolder", experts={"b": {"id": str(tmp_path), "subfolder": "x"}})

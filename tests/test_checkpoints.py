@@ -91,10 +91,7 @@ def test_files(folders, tmp_path):
     """What belongs to the model is copied, what a training left is not, and nothing says where it came from."""
     base, experts = folders["llama_tied"]
     source = tmp_path / "b"
-    os.symlink(experts["b"], tmp_path / "link")
-    source.mkdir()
-    for file in os.listdir(experts["b"]):
-        os.symlink(os.path.join(experts["b"], file), source / file)
+    shutil.copytree(experts["b"], source)
     for file in ("tokenizer.json", "tokenizer_config.json", "merges.txt", "spiece.model", "chat_template.jinja"):
         (source / file).write_text(json.dumps({"name_or_path": str(source), "kept": 1}))
     for file in ("training_args.bin", "adapter_model.safetensors.index.json", "trainer_state.json", "modeling.py"):
@@ -153,11 +150,13 @@ def test_heads_that_differ(bert, tmp_path):
 def test_a_hub_id(folders, tmp_path, monkeypatch):
     """From a cache as a download leaves it, at a revision and in a subfolder."""
     base, experts = folders["llama_tied"]
-    snapshot = tmp_path / "models--me--llama" / "snapshots" / ("0" * 40)
+    repository = tmp_path / "models--me--llama"
     for task, folder in experts.items():
-        os.makedirs(snapshot / task)
+        shutil.copytree(folder, repository / "blobs" / task)
+        snapshot = repository / "snapshots" / ("0" * 40) / task
+        snapshot.mkdir(parents=True)
         for file in os.listdir(folder):
-            os.symlink(os.path.join(folder, file), snapshot / task / file)
+            os.symlink(f"../../../blobs/{task}/{file}", snapshot / file)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     references = {task: {"id": "me/llama", "revision": "0" * 40, "subfolder": task} for task in experts}
     merge_checkpoints(base, references, "ties", tmp_path / "out")
@@ -255,7 +254,7 @@ def test_bad_folders_and_arguments(folders, bert, tmp_path):
     index.write_text('{"weights": []}')
     refused("Expert 'a': model.safetensors.index.json in .* is broken", experts={"a": tmp_path / "index"})
     index.write_text('{"weight_map": {"x": "../b/model.safetensors"}}')
-    refused("names '../b/model.safetensors', which is no file beside it", experts={"a": tmp_path / "index"})
+    refused("names '../b/model.safetensors', which is no safetensors file beside it", experts={"a": tmp_path / "index"})
     (tmp_path / "config").mkdir()
     for settings in ("[]", '{"model_type": "llama", "hidden_size": "16"}'):
         (tmp_path / "config" / "config.json").write_text(settings)

@@ -299,7 +299,7 @@ def test_an_error_while_writing_leaves_the_checkpoint_before(bert, tmp_path, mon
     """At each file of it, on its way to the disk."""
     expected = make_trainer(bert, tmp_path / "straight", max_steps=3, save_steps=1)
     expected.train()
-    synced = checkpoints_module._sync
+    synced = checkpoints_module.sync
     for fail_at in itertools.count(1):
         calls, out = [], tmp_path / str(fail_at)
 
@@ -309,14 +309,14 @@ def test_an_error_while_writing_leaves_the_checkpoint_before(bert, tmp_path, mon
                 raise OSError("No space left on device")
             synced(path)
 
-        monkeypatch.setattr(checkpoints_module, "_sync", sync)
+        monkeypatch.setattr(checkpoints_module, "sync", sync)
         try:
             make_trainer(bert, out, max_steps=3, save_steps=1).train()
             break
         except OSError:
             assert os.listdir(out) == ["checkpoint-1"]
         trainer = make_trainer(bert, out, max_steps=3, save_steps=1)
-        monkeypatch.setattr(checkpoints_module, "_sync", synced)
+        monkeypatch.setattr(checkpoints_module, "sync", synced)
         trainer.train(resume_from_checkpoint=True)
         assert_same(trainer, expected)
     assert fail_at > 6
@@ -328,11 +328,12 @@ def test_saved_models_replace_older_ones_whole(bert, tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     before = load_file(tmp_path / "adapter_model.safetensors")
     trainer.train()
-    monkeypatch.setattr(checkpoints_module, "_sync", lambda path: 1 / 0)
+    monkeypatch.setattr(checkpoints_module, "sync", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.save_model()
     monkeypatch.undo()
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "notes.txt"}
+    files |= {"coefficients.json", "coefficients.png"}
     after = load_file(tmp_path / "adapter_model.safetensors")
     assert set(os.listdir(tmp_path)) == files and all(torch.equal(before[name], after[name]) for name in before)
     trainer.save_model()

@@ -29,8 +29,9 @@ def decode_for(owner: str, name: str, packed: torch.Tensor, weight: torch.Tensor
 
 def check_whole(owner: str, name: str, tensor: torch.Tensor, weight: torch.Tensor) -> None:
     """Of a tensor that takes the place of the base's, which may be of another size."""
-    if tensor.ndim != weight.ndim or not torch.isfinite(tensor).all():
+    same_kind = tensor.ndim == weight.ndim and tensor.is_floating_point() == weight.is_floating_point()
+    if not same_kind or not torch.isfinite(tensor.float()).all():
         raise ValueError(
-            f"{owner}: {name!r} has shape {tuple(tensor.shape)}, or NaN or Inf. The base's has shape "
-            f"{tuple(weight.shape)}. The adapter is broken, or another model's."
+            f"{owner}: {name!r} has shape {tuple(tensor.shape)}, type {tensor.dtype}, or NaN or Inf. The base's has "
+            f"shape {tuple(weight.shape)}. The adapter is broken, or another model's."
         )

@@ -4,15 +4,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..experts import LABEL_FIELDS, REFERENCE_KEYS, hub_reference, labels_from_json
+from .._files import check_reference
+from .._saved_config import SavedConfig
+from ..experts import LABEL_FIELDS, hub_reference, labels_from_json
 from .codec import CODECS
 
 
 @dataclass
-class DtsConfig(PeftConfig):
+class DtsConfig(SavedConfig):
     """
     Configuration of DTS, a full fine-tune of the base model as an adapter of about 1% of its size
     ([Decomposition, Thresholding and Scaling](https://arxiv.org/abs/2512.01461)).
@@ -45,9 +46,13 @@ class DtsConfig(PeftConfig):
         unchanged (`list[str]`, *optional*):
             The tensors that the expert has not changed. Filled in when the expert is compressed; a saved adapter has
             neither them nor their codes.
+        expert_sha256 (`str`, *optional*):
+            The sha256 of the expert's safetensors file (of shards one after another), filled in when it is loaded.
         base_samples (`list[float]`, *optional*):
             One weight of each of the base's tensors that the expert has changed, filled in likewise: the adapter is
             refused on a model that has others. `None` takes any model.
+        sha256 (`str`, *optional*):
+            Filled in when the adapter is saved: that of its weights' file and of the settings that belong to them.
     """
 
     expert: str | dict | None = field(
@@ -55,10 +60,10 @@ class DtsConfig(PeftConfig):
         metadata={"help": "The fine-tune to compress: a Hub id, a local folder or {'id', 'revision', 'subfolder'}."},
     )
     codec: str = field(default="semidiscrete", metadata={"help": f"How to compress: {', '.join(CODECS)}."})
-    budget: float = field(
+    budget: float | int = field(
         default=0.01, metadata={"help": "Size without the head, as a fraction of the base's bytes in float32."}
     )
-    rank_ratio: float | None = field(
+    rank_ratio: float | int | None = field(
         default=None, metadata={"help": "Instead of a budget: rank over the smaller side of each matrix."}
     )
     target_modules: list[str] | str | None = field(
@@ -73,6 +78,9 @@ class DtsConfig(PeftConfig):
     )
     unchanged: list[str] | None = field(
         default=None, metadata={"help": "Tensors that the expert has not changed; filled in by compressing it."}
+    )
+    expert_sha256: str | None = field(
+        default=None, metadata={"help": "sha256 of the expert's weights, filled in when it is loaded."}
     )
     base_samples: list[float] | None = field(
         default=None, metadata={"help": "Weights by which the base model is recognised; None: any model will do."}
@@ -98,10 +106,8 @@ class DtsConfig(PeftConfig):
     def _check_expert(self):
         if isinstance(self.expert, os.PathLike):
             self.expert = os.fspath(self.expert)
-        if isinstance(self.expert, Mapping) and ("id" not in self.expert or set(self.expert) - set(REFERENCE_KEYS)):
-            raise ValueError(
-                f"`expert` is {self.expert!r}; a reference has the key 'id' and may have 'revision' and 'subfolder'."
-            )
+        if isinstance(self.expert, Mapping):
+            check_reference("`expert`", self.expert)
         if not isinstance(self.expert, str | Mapping | None):
             raise ValueError(
                 f"`expert` is a {type(self.expert).__name__}; a config holds a Hub id or a folder. Give a model or a "

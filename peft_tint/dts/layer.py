@@ -85,6 +85,7 @@ class DtsLayer(WrappedLayer):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """The sizes of codes and heads are the file's."""
+        loaded = set()
         for key, tensor in list(state_dict.items()):
             kind, _, rest = key.removeprefix(prefix).partition(".")
             adapter, _, name = rest.partition(".")
@@ -92,7 +93,19 @@ class DtsLayer(WrappedLayer):
             if key.startswith(prefix) and name in self.expected.get(adapter, {}).get(kind, ()):
                 full_name = f"{prefix.removeprefix('base_model.model.')}{name}".replace("base_layer.", "")
                 self.take(kind, adapter, name, tensor, full_name)
+                loaded.add(adapter)
+        for adapter in loaded:
+            self._check_sizes(adapter, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_sizes(self, adapter, prefix):
+        """A head may be for any number of classes, but for one only."""
+        sizes = {len(tensor) for leaf, tensor in self.dts_head[adapter].items() if leaf in ("weight", "bias")}
+        if isinstance(self.base_layer, nn.Linear | nn.Conv2d) and len(sizes) > 1:
+            raise ValueError(
+                f"Adapter {adapter!r}: weight and bias of {prefix[:-1]!r} are for {sorted(sizes)} classes. Its file is "
+                "damaged; download or save it again."
+            )
 
     def _terms(self, adapter_names=None):
         for adapter in self.active_adapters if adapter_names is None else adapter_names:

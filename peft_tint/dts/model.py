@@ -28,7 +28,16 @@ from .._structure import (
     plain_modules,
     resolve_all_linear,
 )
-from .._wrapped_layer import UNITS, WrappingTuner, check_adapter_name, check_no_peft_model, plain_name, wrap_everywhere
+from .._wrapped_layer import (
+    UNITS,
+    WrappingTuner,
+    check_adapter_name,
+    check_names,
+    check_no_peft_model,
+    plain_name,
+    short_name,
+    wrap_everywhere,
+)
 from ..experts import (
     check_expert,
     check_unquantised,
@@ -37,7 +46,7 @@ from ..experts import (
     labels_of,
     load_expert,
     match_vocabulary,
-    pinned_reference,
+    pin_expert,
     set_labels,
 )
 from ..task_vectors import LazyTensors, compute_task_vector
@@ -311,7 +320,8 @@ class DtsModel(WrappingTuner):
                 "`peft_tint.compress(base, expert)`."
             )
         if config.init_weights and source is config.expert:
-            config.expert = source = pinned_reference(source)
+            config.expert, config.expert_sha256 = pin_expert("expert", source)
+            source = config.expert
         with _skip_init_on_device():
             if config.init_weights:
                 of_expert = self._load(config, model, tensors, buffers, source)
@@ -436,16 +446,10 @@ class DtsModel(WrappingTuner):
             for kind, leaves in (layer.expected if isinstance(layer, DtsLayer) else {}).get(adapter_name, {}).items():
                 for leaf in leaves:
                     key = f"{name}.{kind}.{adapter_name}.{leaf.replace('.', '/')}"
-                    keys[cls._remove_adapter_name_from_key(key, adapter_name).removeprefix("base_model.model.")] = key
-        given = {key.removeprefix("base_model.model."): key for key in state_dict}
-        extra = [key for key in given if key not in keys and (".dts_codes." in f".{key}" or ".dts_head." in f".{key}")]
-        for problem, names in (("lacks", keys.keys() - given.keys()), ("has besides its own", extra)):
-            if names:
-                raise ValueError(
-                    f"The file of the adapter {adapter_name!r} {problem} {len(names)} tensors, such as "
-                    f"{min(names)!r}. It is damaged, or another adapter's; download or save it again."
-                )
-        return {keys.get(short, key): state_dict[key] for short, key in given.items()}
+                    keys[short_name(cls._remove_adapter_name_from_key(key, adapter_name))] = key
+        given = {keys.get(short_name(key), key): tensor for key, tensor in state_dict.items()}
+        check_names(model, adapter_name, keys.values(), given)
+        return given
 
 
 def _activate(layers, adapters):

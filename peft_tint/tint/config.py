@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peft import load_peft_weights
-from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
+from .._files import check_reference
+from .._saved_config import SavedConfig
 from ..dts.config import encode_arguments
-from ..experts import REFERENCE_KEYS, hub_reference, labels_from_json
+from ..experts import hub_reference, labels_from_json
 from ..merging import MERGING_METHODS, check_method, check_transform
 from ._saved_experts import PREFIX
 
@@ -20,7 +21,7 @@ TASK_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass
-class TintConfig(PeftConfig):
+class TintConfig(SavedConfig):
     """
     Configuration of TINT, multi-task model merging with trainable coefficients and one trainable layer per task
     ([Model Tinting](https://arxiv.org/abs/2412.19098)).
@@ -97,9 +98,15 @@ class TintConfig(PeftConfig):
             name each task's labels.
         unchanged (`dict[str, list[str]]`, *optional*):
             Filled in likewise: the tensors that each expert has not changed, of which nothing is saved.
+        experts_sha256 (`dict[str, str]`, *optional*):
+            For each task the sha256 of its expert's safetensors file (of shards one after another, in the order of
+            their names). Filled in when the experts are loaded, as is the commit of those on the Hub. Experts with
+            others are refused; `None` takes them as they are.
+        sha256 (`str`, *optional*):
+            Filled in when the adapter is saved: that of its weights' file and of the settings that belong to them.
     """
 
-    experts: dict[str, str | dict] | None = field(
+    experts: dict[str, str | dict | None] | None = field(
         default=None,
         metadata={"help": "For each task the expert: a Hub id, a local folder or {'id', 'revision', 'subfolder'}."},
     )
@@ -120,7 +127,7 @@ class TintConfig(PeftConfig):
     granularity: Literal["tensor", "module", "block", "model"] = field(
         default="tensor", metadata={"help": "What shares one coefficient: tensor, module, block or model."}
     )
-    coefficient_init: float | dict[str, float] | str = field(
+    coefficient_init: float | int | dict[str, float | int] | str = field(
         default=0.3,
         metadata={
             "help": "Starting value of the coefficients, for all tasks or for each; or the name of a data-free merge "
@@ -130,7 +137,7 @@ class TintConfig(PeftConfig):
     coefficient_init_kwargs: dict = field(
         default_factory=dict, metadata={"help": "That merge's arguments, and `scale` (1.0), which multiplies it."}
     )
-    coefficient_bounds: list[float] | None = field(
+    coefficient_bounds: list[float | int] | None = field(
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "The coefficients are projected onto this interval after each update; None: free."},
     )
@@ -166,6 +173,10 @@ class TintConfig(PeftConfig):
     )
     unchanged: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Tensors that each expert has not changed; filled in with save_experts='dts'."}
+    )
+    experts_sha256: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "sha256 of each expert's weights, filled in and checked when they are loaded; None: any."},
     )
 
     def __post_init__(self):
@@ -206,11 +217,8 @@ class TintConfig(PeftConfig):
         for task, source in self.experts.items():
             check_task_name(task)
             # None stands for an expert that `from_experts` got in memory
-            if isinstance(source, dict) and ("id" not in source or set(source) - set(REFERENCE_KEYS)):
-                raise ValueError(
-                    f"`experts[{task!r}]` is {source!r}; a reference has the key 'id' and may have "
-                    "'revision' and 'subfolder'."
-                )
+            if isinstance(source, dict):
+                check_reference(f"`experts[{task!r}]`", source)
             if not isinstance(source, str | dict | None):
                 raise ValueError(
                     f"`experts[{task!r}]` is a {type(source).__name__}; a config holds Hub ids and folders. Give "
@@ -254,7 +262,8 @@ class TintConfig(PeftConfig):
             # PEFT loads the weights when the model has its layers, and those depend on the experts
             where, _, _ = cls._split_kwargs(kwargs)
             weights = load_peft_weights(pretrained_model_name_or_path, device="cpu", subfolder=subfolder, **where)
-            config.packed_experts = {key: tensor for key, tensor in weights.items() if key.startswith(PREFIX)}
+            # copies, for they stay with the model, and a mapped file may be written to by others
+            config.packed_experts = {key: tensor.clone() for key, tensor in weights.items() if key.startswith(PREFIX)}
         return config
 
     def to_dict(self):

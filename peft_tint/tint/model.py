@@ -11,7 +11,6 @@ import torch
 from datasets.fingerprint import Hasher
 from huggingface_hub import CommitInfo, whoami
 from peft import (
-    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -26,9 +25,17 @@ from transformers import PreTrainedModel
 
 from .._card import TINT_FOLDER, save_card
 from .._structure import find_head, is_target, is_under, join, named_tensors, plain_modules, unit_name
-from .._wrapped_layer import WrappingTuner, check_adapter_name, check_no_peft_model, plain_name, wrap_everywhere
+from .._wrapped_layer import (
+    WrappingTuner,
+    check_adapter_name,
+    check_names,
+    check_no_peft_model,
+    plain_name,
+    short_name,
+    wrap_everywhere,
+)
 from ..checkpoints import new_folder
-from ..experts import labels_of, listing, pinned_reference, set_labels
+from ..experts import labels_of, listing, pin_expert, set_labels
 from ..hub import upload
 from ._plan import make_plan
 from ._saved_experts import is_expert_key
@@ -83,11 +90,12 @@ def hotswap_adapter(model: PeftModel, model_id: str, adapter_name: str = "defaul
         raise ValueError(f"There is no adapter {adapter_name!r}; there are {', '.join(map(repr, model.peft_config))}.")
     if any(module.merged for module in model.modules() if isinstance(module, MergedLayer)):
         raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` first.")
-    configs = model.peft_config[adapter_name], PeftConfig.from_pretrained(model_id, **kwargs)
+    configs = model.peft_config[adapter_name], TintConfig.from_pretrained(model_id, **kwargs)
     ours, theirs = (config.to_dict() for config in configs)
-    experts = ("peft_type", "save_experts", "experts", "tasks", "transform", "transform_kwargs")
+    experts = ("peft_type", "save_experts", "experts", "experts_sha256", "tasks", "transform", "transform_kwargs")
     for field in (*experts, "target_modules", "exclude_modules", "tint_layer", "granularity", "coefficient_bounds"):
-        if ours[field] != theirs.get(field):
+        unknown = field == "experts_sha256" and None in (ours[field], theirs.get(field))
+        if ours[field] != theirs.get(field) and not unknown:
             raise ValueError(
                 f"The tint in {model_id!r} has {field}={theirs.get(field)!r}, the adapter {adapter_name!r} has "
                 f"{ours[field]!r}. Load it with `load_adapter` instead."
@@ -550,7 +558,8 @@ class TintModel(WrappingTuner):
         if None in sources.values():
             raise ValueError("These experts were held in memory and are gone; call `from_experts` with them again.")
         if sources is config.experts:
-            sources = config.experts = {task: pinned_reference(source) for task, source in sources.items()}
+            _pin_experts(config)
+            sources = config.experts
         self._plan = make_plan(config, model, sources, start)
         if config.save_experts == "dts":
             config.packed_experts = self._plan.packed  # no dataclass field, since tensors are no JSON
@@ -698,6 +707,7 @@ class TintModel(WrappingTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """From the names in a file to the model's. Raises ValueError for tensors missing, too many, or broken."""
         packed = vars(config).get("packed_experts", {})
         for key, tensor in state_dict.items():
             if is_expert_key(key) and not torch.equal(tensor, packed.get(key, tensor)):
@@ -705,12 +715,35 @@ class TintModel(WrappingTuner):
                     f"The file has other experts than the adapter {adapter_name!r}: {key!r} differs. Load it under "
                     "another name, or delete that adapter first."
                 )
-        keys = [key for key in model.state_dict() if _is_saved(key, adapter_name)]
-        names = {cls._remove_adapter_name_from_key(key, adapter_name): key for key in keys}
-        names |= {f"base_model.model.{saved}": key for saved, key in names.items()}  # of a model without a PeftModel
+        own = {key: tensor for key, tensor in model.state_dict().items() if _is_saved(key, adapter_name)}
+        keys = {short_name(cls._remove_adapter_name_from_key(key, adapter_name)): key for key in own}
         # the experts are in the model already
-        state_dict = {names.get(key, key): value for key, value in state_dict.items() if not is_expert_key(key)}
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        given = {keys.get(short_name(key), key): t for key, t in state_dict.items() if not is_expert_key(key)}
+        check_names(model, adapter_name, own, given)
+        for key, tensor in own.items():
+            same_kind = given[key].is_floating_point() == tensor.is_floating_point()
+            if not same_kind or not torch.isfinite(given[key].float()).all():
+                raise ValueError(
+                    f"The adapter {adapter_name!r} has {key!r} with NaN or Inf, or in the type {given[key].dtype}. Its "
+                    "file is damaged; download or save it again."
+                )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, given)
+
+
+def _pin_experts(config):
+    """Notes in the config which files the experts are. Raises ValueError if they have become others."""
+    pinned = {task: pin_expert(task, source) for task, source in config.experts.items()}
+    for task, (reference, sha256) in pinned.items():
+        expected = (config.experts_sha256 or {}).get(task, sha256)
+        if sha256 != expected:
+            raise ValueError(
+                f"Expert {task!r} ({reference!r}) has weights with the sha256 {sha256}, and the adapter was made with "
+                f"{expected}; its coefficients and tint layers belong to those. Put them back, or name where they are "
+                "in `experts`. To use others: `config = TintConfig.from_pretrained(folder)`, `config.experts_sha256 = "
+                "None`, `PeftModel.from_pretrained(base, folder, config=config)`."
+            )
+    config.experts = {task: reference for task, (reference, _) in pinned.items()}
+    config.experts_sha256 = {task: sha256 for task, (_, sha256) in pinned.items()}
 
 
 def _check_adapter_name(name, tasks):

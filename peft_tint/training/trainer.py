@@ -590,12 +590,12 @@ class TintTrainer:
         if self.accelerator.is_main_process:
             output_dir = output_dir or self.args.output_dir
             existing = read_card(os.path.join(output_dir, FILE))
+            self.model.save_pretrained(output_dir)
             with added_files(output_dir) as folder:
-                self._save_model(folder)
+                self._save_processing_class(folder)
                 save_card(self.model, folder, existing=existing, results=results, **self._for_card())
 
-    def _save_model(self, folder):
-        self.model.save_pretrained(folder)
+    def _save_processing_class(self, folder):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -643,7 +643,8 @@ class TintTrainer:
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             with new_folder(os.path.join(args.output_dir, f"checkpoint-{progress.step}")) as folder:
-                self._save_model(folder)
+                self.model.save_pretrained(folder)
+                self._save_processing_class(folder)
                 write_state(folder, tensors, state, random_states)
             remove_old_checkpoints(args.output_dir, args.save_total_limit)
         self.accelerator.wait_for_everyone()
