@@ -4,12 +4,12 @@ import tempfile
 from functools import wraps
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._card import FILE, METHODS, read_card, save_card
+from ._card import FILE, METHODS, model_card, read_card, save_card
 from .experts import hub_reference
 
 
@@ -42,15 +42,24 @@ def upload(
     """Pushes a folder, with the model's card, as one commit, so that all of it is visible or nothing.
 
     The arguments are those of transformers' `push_to_hub`, the files of an earlier push that are to go, and those of
-    `model_card`."""
+    `model_card`. Raises ConnectionError, with the repository as it was, where the Hub is lost on the way."""
+    model_card(model, **card)  # raises for wrong arguments, before there is a repository
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    try:
-        existing = read_card(api.hf_hub_download(repo_id, FILE, revision=revision))
-    except EntryNotFoundError:
-        existing = None
+    try:  # not from the cache, which may have it as it was before it was edited
+        file = api.hf_hub_download(repo_id, FILE, revision=revision, force_download=True)
+    except RemoteEntryNotFoundError:
+        file = None
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # it may be there, and what was added to it would be lost
+        raise ConnectionError(
+            f"The card of {repo_id!r}, of which the text around the generated part stays, could not be read ({error}). "
+            "Nothing was pushed; push again."
+        ) from error
+    existing = read_card(file) if file else None
     save_card(model, folder, repo_id=repo_id, revision=revision, existing=existing, **card)
     try:
         return api.upload_folder(

@@ -39,7 +39,7 @@ class Repository:
 
 
 class HubEmulator:
-    """`drop` is a pattern of paths at which a request with a body loses its connection."""
+    """`drop` is a pattern of paths at which a request with a body loses its connection, and one without is refused."""
 
     token, user = "hf_right", "me"
 
@@ -73,7 +73,9 @@ class Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(url.path)
         self.is_known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
         length = int(self.headers.get("Content-Length") or 0)
-        if length and self.hub.drop and fnmatch.fnmatchcase(path, self.hub.drop):
+        if self.hub.drop and fnmatch.fnmatchcase(path, self.hub.drop):
+            if not length:
+                return self.refuse(503, "Unavailable", "The Hub is down.")
             self.rfile.read(length // 2)
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True

@@ -310,6 +310,34 @@ def test_a_lost_connection_leaves_nothing_half_visible(hub, model, monkeypatch, 
     assert len(hub.repositories[repo_id].commits) == len(before) + 1
 
 
+@pytest.mark.parametrize("push", ["push_to_hub", "push_merged_to_hub"])
+def test_a_card_that_cannot_be_read_is_not_replaced(hub, model, monkeypatch, push):
+    """Neither by one without the text that was added, nor by one with the text of an older card in the cache."""
+    repo_id = f"me/unread-{push}"
+    getattr(model, push)(repo_id)
+    getattr(model, push)(repo_id)  # its card is in the cache now
+    files = hub.repositories[repo_id].files()
+    files["README.md"] += b"\nMine.\n"
+    before = dict(hub.repositories[repo_id].commits)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub, "drop", f"/{repo_id}/resolve/*")
+    with pytest.raises(ConnectionError, match=rf"card of '{repo_id}', .* could not be read .* Nothing was pushed"):
+        getattr(model, push)(repo_id)
+    assert hub.repositories[repo_id].commits == before
+    monkeypatch.setattr(hub, "drop", None)
+    getattr(model, push)(repo_id)
+    assert text_of(hub, repo_id).endswith("\nMine.\n")
+
+
+def test_wrong_arguments_make_no_repository(hub, model):
+    for push in (model.push_to_hub, model.push_merged_to_hub):
+        with pytest.raises(TypeError, match="use_temp_dir"):
+            push("me/nothing", use_temp_dir=True)
+        with pytest.raises(ValueError, match="'a' and 'b' the same data"):
+            push("me/nothing", results={"a": {"x": 1.0}, "b": {"x": 0.5}}, datasets={"a": "me/data", "b": "me/data"})
+    assert "me/nothing" not in hub.repositories
+
+
 def test_a_wrong_token(hub, model):
     for push in (model.push_to_hub, model.push_merged_to_hub):
         with pytest.raises(HfHubHTTPError, match="Invalid username or password"):
