@@ -4,6 +4,7 @@ import filecmp
 import itertools
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset
 from models import ARCHITECTURES, IDS, make_experts
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import peft_tint
@@ -275,6 +276,18 @@ def test_what_cannot_be_resumed_is_told(bert, tmp_path):
     trainer.model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], tint_layer=[]))
     with pytest.raises(ValueError, match="of another model: they differ in 'base_model"):
         trainer.train(**resume)
+    shutil.copytree(bert[1]["a"], tmp_path / "a")
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, tmp_path / "a" / "model.safetensors")
+    changed = {
+        "transform": {"transform": "ties", "transform_kwargs": {"density": 0.5}},
+        "coefficient_bounds": {"coefficient_bounds": [0, 0.5]},
+        "experts_sha256": {"experts": {**bert[1], "a": str(tmp_path / "a")}},
+    }
+    for name, settings in changed.items():
+        trainer.model = get_peft_model(load(bert[0]), TintConfig(**{"experts": bert[1], **settings}))
+        with pytest.raises(ValueError, match=rf"`{name}` of the model is .* was made with .* Resume with the same"):
+            trainer.train(**resume)
     held = peft_tint.from_experts(load(bert[0]), {task: load(folder) for task, folder in bert[1].items()})
     arguments = TintTrainingArguments(output_dir=str(tmp_path / "held"), save_steps=1, disable_tqdm=True)
     with pytest.raises(ValueError, match="held in memory, so a saved adapter could not say where they are"):
@@ -287,6 +300,13 @@ def test_a_broken_checkpoint_is_refused(bert, tmp_path, file):
     path = tmp_path / "checkpoint-1" / file
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint-1' is no whole checkpoint"):
+            make_trainer(bert, tmp_path, max_steps=1).train(resume_from_checkpoint=True)
+    flipped = bytearray(whole)
+    flipped[-6] ^= 1
+    others = [flipped] if file.endswith(".safetensors") else [b"{}", b"[]", whole.replace(b"1", b"2")]
+    for content in others:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"checkpoint-1' is no whole checkpoint"):
             make_trainer(bert, tmp_path, max_steps=1).train(resume_from_checkpoint=True)

@@ -8,6 +8,10 @@ DECISIVE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
     *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
+# What of the model's config does not show in the names and shapes of its parameters
+DECISIVE_OF_MODEL = (
+    *("experts_sha256", "save_experts", "save_experts_kwargs", "transform", "transform_kwargs", "coefficient_bounds"),
+)
 
 
 @dataclass

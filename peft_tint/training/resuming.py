@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .._files import sha256_of
 from ..checkpoints import remove_folder, remove_incomplete
 
 TENSORS, STATE, RANDOM = "trainer_state.safetensors", "trainer_state.json", "random_states.json"
@@ -56,24 +57,32 @@ def remove_old_checkpoints(output_dir: str, limit: int | None) -> None:
 
 
 def write_state(folder: str, tensors: dict[str, dict[str, torch.Tensor]], state: dict, random_states: list) -> None:
-    """`tensors` are {kind: {name: tensor}}; `random_states` has one entry a process."""
+    """`tensors` are {kind: {name: tensor}}; `random_states` has one entry a process. The state has a sum of all."""
     flat = {f"{kind}/{name}": value.detach().cpu() for kind, named in tensors.items() for name, value in named.items()}
     # copies, for what two names share safetensors refuses
     flat = {key: value.clone(memory_format=torch.contiguous_format) for key, value in flat.items()}
     save_file(flat, os.path.join(folder, TENSORS))
-    for file, content in ((RANDOM, random_states), (STATE, state)):
-        with open(os.path.join(folder, file), "w", encoding="utf-8") as opened:
-            json.dump(content, opened, indent=None if file == RANDOM else 1, default=float)  # metrics may be NumPy's
+    with open(os.path.join(folder, RANDOM), "w", encoding="utf-8") as file:
+        json.dump(random_states, file)
+    state = json.loads(json.dumps(state, default=float))  # metrics may be NumPy's
+    with open(os.path.join(folder, STATE), "w", encoding="utf-8") as file:
+        json.dump({**state, "sha256": _sum(folder, state)}, file, indent=1)
+
+
+def _sum(folder, state):
+    return sha256_of((os.path.join(folder, file) for file in (TENSORS, RANDOM)), json.dumps(state).encode())
 
 
 def read_state(folder: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict, list]:
-    """What `write_state` wrote. Raises ValueError for a folder that is no whole checkpoint."""
+    """What `write_state` wrote. Raises ValueError for a folder that is no whole checkpoint, to the last bit."""
     try:
         flat, contents = load_file(os.path.join(folder, TENSORS)), []
         for file in (STATE, RANDOM):
             with open(os.path.join(folder, file), encoding="utf-8") as opened:
                 contents.append(json.load(opened))
-    except (OSError, ValueError, SafetensorError) as error:
+        if contents[0].pop("sha256") != _sum(folder, contents[0]):
+            raise ValueError("its files have been changed")
+    except (OSError, ValueError, SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder!r} is no whole checkpoint of TintTrainer ({error}). Resume from another, or start anew."
         ) from error

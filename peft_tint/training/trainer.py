@@ -28,7 +28,7 @@ from .._card import FILE, read_card, save_card
 from ..checkpoints import added_files, new_folder
 from ..evaluation import NormalizedAccuracy
 from ..hub import push_adapters
-from .arguments import DECISIVE, TintTrainingArguments
+from .arguments import DECISIVE, DECISIVE_OF_MODEL, TintTrainingArguments
 from .collapse import CollapseGuard, Snapshot, Window
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
 from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, entropy, feature_l1
@@ -668,9 +668,12 @@ class TintTrainer:
         return tensors, state, random_states
 
     def _settings(self):
-        """All that decides a training and must be the same when it is resumed, as JSON has it."""
+        """What decides a training and must be the same when it is resumed, as JSON has it. Of the data the number of
+        samples: their fingerprints may be random."""
+        config = self.model.peft_config[self.model.active_adapter].to_dict()
         return {
             **{f"`{name}`": getattr(self.args, name) for name in DECISIVE},
+            **{f"`{name}` of the model": config[name] for name in DECISIVE_OF_MODEL},
             "the objective": getattr(self.objective, "__name__", type(self.objective).__name__),
             "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
             "the number of processes": self.accelerator.num_processes,
