@@ -226,6 +226,7 @@ def test_no_experts(bert):
     ({"experts": {"a/b": "x"}}, "'a/b' is not allowed"),
     ({"experts": {"../up": "x"}}, "'../up' is not allowed"),
     ({"experts": {"": "x"}}, "'' is not allowed"),
+    ({"experts": {"mean": "x"}}, "'mean' is not allowed: among the results"),
     ({"experts": {"a": {"name": "x"}}}, "has the key 'id'"),
     ({"experts": {"a": {"id": "x", "branch": "y"}}}, "may have 'revision'"),
     ({"experts": {"a": torch.nn.Linear(1, 1)}}, "is a Linear.*from_experts"),

@@ -31,7 +31,7 @@ class TintConfig(SavedConfig):
             For each task the expert: a Hub id, a local folder, or `{"id": ..., "revision": ..., "subfolder": ...}`,
             of a full checkpoint or of a PEFT adapter of the base model (LoRA stays low-rank, others are merged).
             When they are loaded, a Hub id without a revision gets that of the commit, a folder its absolute path.
-            Task names consist of letters, digits, `_` and `-`. Experts held in memory go through
+            Task names consist of letters, digits, `_` and `-`, and none is `mean`. Experts held in memory go through
             [`from_experts`] instead.
         target_modules (`list[str] | str`, *optional*):
             The modules to merge. `None` (default) merges every parameter outside of the tint layer and the head. A
@@ -331,6 +331,8 @@ class TintConfig(SavedConfig):
 def check_task_name(task: str) -> None:
     if not isinstance(task, str) or not TASK_NAME.fullmatch(task):
         raise ValueError(f"The task name {task!r} is not allowed; use letters, digits, '_' and '-' ([A-Za-z0-9_-]+).")
+    if task == "mean":
+        raise ValueError("The task name 'mean' is not allowed: among the results it is that of the mean over tasks.")
 
 
 def _check_choice(name, value, choices):
