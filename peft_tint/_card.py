@@ -21,8 +21,8 @@ TINT_FOLDER = "tint"  # the tasks of a merged model, beside it
 START = "<!-- peft_tint writes this part anew on each save; edit what is before and after it -->"
 END = "<!-- the end of what peft_tint writes -->"
 METHODS = {
-    "TINT": "Experts of {base} in one model: their task vectors are added to it, weighted by merging coefficients, and "
-    "each task has a copy of its own of {layers}. The method is TINT "
+    "TINT": "Experts of {base} in one model: their task vectors are added to it, weighted by merging "
+    "coefficients{layers}. The method is TINT "
     "([Model Tinting](https://arxiv.org/abs/2412.19098)).",
     "DTS": "Fine-tunes of {base}, compressed: for each task what its fine-tuning changed, and the head. The method is "
     "DTS ([Decomposition, Thresholding and Scaling](https://arxiv.org/abs/2512.01461)).",
@@ -242,7 +242,10 @@ def _link(repo_id):
 
 def _description(facts, merged_for):
     layers = facts.config.to_dict().get("tint_layer") or []
-    layers = ", ".join(f"`{name}`" for name in ([layers] if isinstance(layers, str) else layers)) or "the head"
+    layers = ", ".join(f"`{name}`" for name in ([layers] if isinstance(layers, str) else layers))
+    if not layers and facts.config.peft_type == "TINT" and facts.tuner.head_layers:
+        layers = "the head"
+    layers = f", and each task has a copy of its own of {layers}" if layers else ""
     base = _link(facts.base) if facts.base else f"a {type(facts.tuner.model).__name__}"
     text = METHODS[facts.config.peft_type].format(base=base, layers=layers)
     if merged_for is not None:
@@ -318,7 +321,10 @@ def _use(facts, repo_id, revision, processing_class, merged_for):
         lines.append('batch = tokenizer(["A text."], return_tensors="pt")')
     lines.append(f"for task in {'model.tasks' if is_tint else json.dumps(list(facts.experts))}:")
     lines.append(f"    model.{'set_task' if is_tint else 'set_adapter'}(task)")
-    lines.append(f"    print(task, {'model(**batch).logits' if runs else 'model.config.id2label'})")
+    if isinstance(facts.tuner.model, PreTrainedModel):
+        lines.append(f"    print(task, {'model(**batch).logits' if runs else 'model.config.id2label'})")
+    else:
+        lines.append("    ...  # call the model")
     return "\n".join(["## Use", *([] if repo_id else ["", "In this folder:"]), "", "```python", *lines, "```"])
 
 

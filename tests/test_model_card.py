@@ -138,6 +138,7 @@ def test_of_dts(bert):
 def test_of_other_models(name):
     base = ARCHITECTURES[name].build()
     card = model_card(peft_tint.from_experts(base, make_experts(base, ["a", "b"]), tint_layer=[]), results=RESULTS)
+    assert ("each task has a copy of its own of the head" in card.text) == (name == "vit")  # others have none
     tags = {"vit": "image-classification", "gpt2": "text-generation", "clip": "zero-shot-image-classification"}
     tag = tags.get(name)
     assert card.data.pipeline_tag == tag and card.data.eval_results[0].task_type == (tag or "other")
@@ -207,6 +208,20 @@ def test_the_code_runs_in_the_folder(bert, model, tmp_path, monkeypatch, capsys)
     assert names["model"].tasks == ["a", "b"]
     assert re.search(r"^a tensor.*^b tensor", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
     assert torch.equal(names["batch"]["input_ids"], torch.tensor([[0, 1]]))
+
+
+def test_the_code_for_a_module_of_ones_own_runs(tmp_path, monkeypatch):
+    """With the model put in where the card asks for it."""
+    make = ARCHITECTURES["conv_net"].build
+    base = make()
+    packed = {"tint_layer": "fc", "save_experts": "dts", "save_experts_kwargs": {"rank_ratio": 0.3}}
+    model = peft_tint.from_experts(base, make_experts(base, ["a", "b"]), **packed)
+    model.save_pretrained(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", model_card(model).text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"make": make}
+    exec(code.replace("base = ...  # the ConvNet that the adapter was made for", "base = make()"), names)
+    assert names["task"] == "b" and names["model"].task == "b"
 
 
 def test_two_tasks_on_one_dataset(model):
