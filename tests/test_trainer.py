@@ -5,7 +5,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from models import IDS, SMALL, Architecture, make_experts, transformers_model
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -375,7 +375,7 @@ def test_learning_rate_by_tint_layer(bert, tmp_path):
         assert trainer._optimizer.param_groups[0]["lr"] == expected
 
 
-def test_misuse_is_told_before_the_first_step(model, tmp_path):
+def test_misuse_is_told_before_the_first_step(bert, model, tmp_path):
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
     with pytest.raises(ValueError, match="`train_dataset` is a Dataset"):
         TintTrainer(model, arguments(tmp_path), data)
@@ -383,7 +383,20 @@ def test_misuse_is_told_before_the_first_step(model, tmp_path):
         TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()
     with pytest.raises(ValueError, match=r"`collapse_guard` is 0.1, and there are no predicted classes"):
         TintTrainer(model, arguments(tmp_path, collapse_guard=0.1), objective="feature_l1")
+    for other in (
+        load(bert[0]),
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(target_modules=["0"])),
+    ):
+        with pytest.raises(ValueError, match="without a TINT adapter"):
+            TintTrainer(other, arguments(tmp_path))
+    for name in ("eval_steps", "per_device_eval_batch_size", "max_steps"):
+        with pytest.raises(ValueError, match=f"`{name}` is 0; it must be at least 1"):
+            TintTrainingArguments(**{name: 0})
     trainer = TintTrainer(model, arguments(tmp_path))
+    with pytest.raises(ValueError, match="no task 'c'; the tasks are 'a'"):
+        trainer.step("c", IDS)
+    with pytest.raises(ValueError, match=r"`batch\['text'\]` is a list; it must be a tensor"):
+        trainer.step("a", {**IDS, "text": ["x", "y"]})
     trainer._prepare()
     with pytest.raises(ValueError, match=r"shape \(2, 2\), its expert gave \(3, 2\)"):
         trainer._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)

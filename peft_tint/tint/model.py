@@ -162,6 +162,7 @@ class TintModel(WrappingTuner):
 
     def task_labels(self, task: str) -> dict:
         """`id2label`, `label2id` and `problem_type` of a task; {} for a model without labels."""
+        self._check_tasks(task)
         return self._labels[self._adapter][task]
 
     @property

@@ -88,7 +88,7 @@ class TintTrainingArguments:
         if self.collapse_guard is not None and not 0 < self.collapse_guard < 1:
             raise ValueError(f"`collapse_guard` is {self.collapse_guard}; it must be a share between 0 and 1.")
         counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
-        for name in (*counts, "save_steps", "save_total_limit"):
+        for name in (*counts, "per_device_eval_batch_size", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")

@@ -65,8 +65,8 @@ class TintTrainer:
         compute_metrics: `EvalPrediction -> {name: number}`, or {task: such a function}. Default: accuracy.
         callbacks: functions `(trainer, logs)`, called with each entry of the log.
 
-    Raises ValueError for a task that the model does not have, an empty dataset, an unknown objective, and where
-    Accelerate is configured to shard the model.
+    Raises ValueError for a model without TINT, a task that the model does not have, an empty dataset, an unknown
+    objective, and where Accelerate is configured to shard the model.
     """
 
     def __init__(
@@ -81,6 +81,11 @@ class TintTrainer:
         compute_metrics=None,
         callbacks=(),
     ):
+        if not hasattr(model, "tasks"):
+            raise ValueError(
+                f"`model` is a {type(model).__name__} without a TINT adapter; give what "
+                "`get_peft_model(base, TintConfig(...))` returns."
+            )
         self.model, self.args = model, args or TintTrainingArguments()
         self.train_dataset = self._check_datasets("train_dataset", train_dataset)
         self.eval_dataset = self._check_datasets("eval_dataset", eval_dataset)
@@ -263,10 +268,16 @@ class TintTrainer:
         collapsed, further calls only predict; a new trainer adapts again.
 
         Under several processes all call it for the same task, each with its part of the batch. Raises ValueError for a
-        learning rate that would fall, since a stream has no last step.
+        learning rate that would fall, since a stream has no last step, for an unknown task, and for what is no tensor.
         """
         if self.args.lr_scheduler_type != "constant":
             raise ValueError(f"`lr_scheduler_type` is {self.args.lr_scheduler_type!r}; a stream takes 'constant'.")
+        for name, value in batch.items():
+            if name not in LABELS and not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"`batch[{name!r}]` is a {type(value).__name__}; it must be a tensor, as a data collator or a "
+                    "tokenizer with `return_tensors='pt'` gives it. Leave out what the model does not take."
+                )
         model = self._prepare() if self._optimizer is None else self._prepared
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
         progress, args = self._progress, self.args
