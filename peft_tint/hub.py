@@ -106,12 +106,12 @@ def _our_adapters(model):
 
 
 def extend_pushes() -> None:
-    """Has `push_to_hub` of models with TINT or DTS adapters refuse what `check_pushable` does, and that of a PeftModel
-    write our card.
+    """Has `push_to_hub` of models with TINT or DTS adapters, and `save_pretrained(push_to_hub=True)`, refuse what
+    `check_pushable` does, and that of a PeftModel write our card.
 
     No method of an adapter's own sees whether it is pushed or saved, as both are the same calls of PEFT and of
     transformers, and those make the repository first and write a card of theirs over any that was saved."""
-    push, push_transformers = PeftModel.push_to_hub, PreTrainedModel.push_to_hub
+    push, push_transformers, save = PeftModel.push_to_hub, PreTrainedModel.push_to_hub, PreTrainedModel.save_pretrained
 
     @wraps(push)
     def push_to_hub(self, repo_id, **kwargs):
@@ -122,4 +122,11 @@ def extend_pushes() -> None:
         check_pushable(self)
         return push_transformers(self, *args, **kwargs)
 
+    @wraps(save)
+    def save_pretrained_checked(self, *args, **kwargs):
+        if kwargs.get("push_to_hub"):
+            check_pushable(self)
+        return save(self, *args, **kwargs)
+
     PeftModel.push_to_hub, PreTrainedModel.push_to_hub = push_to_hub, push_to_hub_checked
+    PreTrainedModel.save_pretrained = save_pretrained_checked

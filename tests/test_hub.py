@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -251,6 +252,8 @@ def test_no_push_names_a_folder_of_an_expert(hub, tmp_path):
     inside = load("me/base")
     inside.add_adapter(TintConfig(experts=experts))
     assert_refused(hub, inside.push_to_hub, "of the tasks 'a', 'score', 'b'")
+    save = partial(inside.save_pretrained, tmp_path / "inside", push_to_hub=True)
+    assert_refused(hub, lambda repo_id: save(repo_id=repo_id), "of the tasks 'a', 'score', 'b'")
     held = peft_tint.from_experts(load("me/base"), {"a": load("me/a")})
     assert_refused(hub, held.push_to_hub, "on this machine only, of the tasks 'a'")
     model.save_pretrained(tmp_path / "saved")
