@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -389,9 +390,12 @@ def test_misuse_is_told_before_the_first_step(bert, model, tmp_path):
     ):
         with pytest.raises(ValueError, match="without a TINT adapter"):
             TintTrainer(other, arguments(tmp_path))
-    for name in ("eval_steps", "per_device_eval_batch_size", "max_steps"):
+    for name in ("eval_steps", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         with pytest.raises(ValueError, match=f"`{name}` is 0; it must be at least 1"):
             TintTrainingArguments(**{name: 0})
+    for name in ("max_steps", "head_steps"):
+        with pytest.raises(ValueError, match=f"`{name}` is -1; it must be at least 0"):
+            TintTrainingArguments(**{name: -1})
     trainer = TintTrainer(model, arguments(tmp_path))
     with pytest.raises(ValueError, match="no task 'c'; the tasks are 'a'"):
         trainer.step("c", IDS)
@@ -400,6 +404,55 @@ def test_misuse_is_told_before_the_first_step(bert, model, tmp_path):
     trainer._prepare()
     with pytest.raises(ValueError, match=r"shape \(2, 2\), its expert gave \(3, 2\)"):
         trainer._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)
+
+
+def test_coefficients_have_a_learning_rate_of_their_own(model, data, tmp_path):
+    """Adam's first step is as long as the learning rate."""
+    before = state(model)
+    rates = {"learning_rate": 1e-3, "coefficient_learning_rate": 1e-2}
+    TintTrainer(model, arguments(tmp_path, max_steps=1, update="joint", **rates), data).train()
+    for name, parameter in state(model).items():
+        rate = 1e-2 if "tint_coefficients" in name else 1e-3
+        assert (parameter - before[name]).abs().max() == pytest.approx(rate, rel=1e-2), name
+
+
+def test_heads_are_fitted_to_the_features_of_the_start(model, data, tmp_path):
+    """Before any step, against the same written out: each head by itself, on the features of the merged model."""
+    expected, before = {}, state(model)
+    head = {task: [name for name in before if f".{task}_task." in name] for task in data}
+    for task, dataset in data.items():
+        model.set_task(task)
+        ids = torch.tensor(dataset["input_ids"])
+        bert = model.get_base_model().bert
+        with torch.no_grad(), model.expert(task):
+            expert_logits = model(input_ids=ids).logits
+        with torch.no_grad():
+            features = bert(input_ids=ids).pooler_output
+        tensors = [before[name].clone().requires_grad_() for name in head[task]]
+        optimizer = torch.optim.Adam(tensors, 1e-2)
+        for step in range(5):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 5)) / 2
+            logits = torch.nn.functional.linear(features, *tensors)
+            OBJECTIVES["confident_pseudo_label"](logits, expert_logits).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        expected |= dict(zip(head[task], tensors, strict=True))
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, head_steps=5), data)
+    trainer.train()
+    assert len(expected) == 6 and set(trainer.log_history[0]) == {"step", "head_loss"}
+    for name, parameter in state(model).items():
+        torch.testing.assert_close(parameter, expected.get(name, before[name]), rtol=1e-4, atol=1e-5, msg=name)
+        assert torch.equal(parameter, before[name]) == (name not in expected)
+
+
+def test_heads_that_get_more_than_one_vector_are_not_fitted(tmp_path):
+    architecture = Architecture(transformers_model(BertForTokenClassification, BertConfig, vocab_size=64, **SMALL), IDS)
+    base = architecture.build()
+    model = peft_tint.from_experts(base, make_experts(base, {"x": 4}))
+    before, data = state(model), {"x": Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9, 2]]})}
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, head_steps=5), data)
+    trainer.train()
+    assert not trainer.log_history and all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
 @pytest.mark.parametrize("kind, rates", [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])

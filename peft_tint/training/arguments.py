@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 # The arguments with which a training that is resumed must have begun; the others may change
 DECISIVE = (
-    *("update", "learning_rate", "lr_scheduler_type", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("update", "learning_rate", "coefficient_learning_rate", "head_steps", "lr_scheduler_type"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
     *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
@@ -29,6 +30,16 @@ class TintTrainingArguments:
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Adam's learning rate; None: 1e-2 where the tint layer is the head, else 1e-3."}
+    )
+    coefficient_learning_rate: float | None = field(
+        default=None, metadata={"help": "That of the merging coefficients; None: `learning_rate`."}
+    )
+    head_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps of each task's head alone before the first step, on all samples at once, whose features the "
+            "merged model computes once; where the head is a tint layer that takes one vector a sample."
+        },
     )
     lr_scheduler_type: str = field(
         default="constant",
@@ -87,7 +98,10 @@ class TintTrainingArguments:
             raise ValueError("`load_best_model_at_end` needs `eval_steps`, or there is no state to choose from.")
         if self.collapse_guard is not None and not 0 < self.collapse_guard < 1:
             raise ValueError(f"`collapse_guard` is {self.collapse_guard}; it must be a share between 0 and 1.")
-        counts = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
+        for name in ("max_steps", "head_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         for name in (*counts, "per_device_eval_batch_size", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import count, groupby, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -198,7 +198,7 @@ class TintTrainer:
         finally:
             self._finish(model)
             self.model.set_task(before)
-        loss = self._progress.loss / self._progress.batches
+        loss = self._progress.loss / max(self._progress.batches, 1)
         metrics = {"train_runtime": time.perf_counter() - started, "train_loss": loss}
         return TrainOutput(self._progress.step, loss, metrics)
 
@@ -214,8 +214,10 @@ class TintTrainer:
         )
         if saved:
             set_random_state(saved[2][self.accelerator.process_index])  # last, for what was before may have drawn
-        elif args.load_best_model_at_end:
-            self._evaluate_state()
+        else:
+            if args.load_best_model_at_end:
+                self._evaluate_state()
+            self._fit_heads(model)
         bar = self._bar(range(progress.step + 1, args.max_steps + 1), "tinting")
         for step in bar:
             progress.step, last = step, step == args.max_steps
@@ -239,6 +241,57 @@ class TintTrainer:
             best = progress.best
             self._log({"step": progress.step, "best_step": best.step, f"best_{args.metric_for_best_model}": best.value})
             self._set_parameters(best.parameters)
+
+    def _fit_heads(self, model):
+        """Linear probing before fine-tuning (https://arxiv.org/abs/2202.10054): fits each task's head by the objective
+        to the features that the merged model has at the start. Each process does all of it."""
+        heads, losses = [layer for layer in self.model.head_layers if layer in self.model.tint_layers], []
+        for task, dataset in self.train_dataset.items() if self.args.head_steps and heads else ():
+            self.model.set_task(task)
+            head = heads[-1]
+            features, expert_rows = self._features(model, head, task, dataset)
+            if features is None:
+                continue
+            objective = self._objective_of(task, self.objective)
+            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.Adam(parameters, self._optimizer.param_groups[-1]["lr"])
+            scheduler = get_scheduler("cosine", optimizer, 0, self.args.head_steps)
+            for _ in range(self.args.head_steps):
+                loss = objective(head(features), expert_rows, None)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+        if losses:
+            self._log({"step": 0, "head_loss": float(np.mean(losses))})
+
+    @torch.no_grad()
+    def _features(self, model, head, task, dataset):
+        """What a task's head gets, of shape (samples, features), and the expert's rows; (None, None) where it gets more
+        than one vector a sample, or its output is not that of the model."""
+        found, expert_rows = [], []
+        samples = WithExpertRows(dataset, self._expert_rows(task, dataset, logits=False))
+        loader = DataLoader(
+            samples,
+            batch_size=self.args.per_device_eval_batch_size,
+            generator=torch.Generator(),  # or it would draw a random number
+            collate_fn=self._collate_unlabelled,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        hook = head.register_forward_hook(lambda module, args, output: found.append((args[0], output)))
+        try:
+            for batch in loader:
+                batch = send_to_device(batch, self.accelerator.device)
+                expert_rows.append(batch[EXPERT_ROWS])
+                compared = self._forward(model, batch).compared[0]
+                features, output = found[-1]
+                if features.ndim != 2 or not torch.equal(output.float(), compared):
+                    return None, None
+        finally:
+            hook.remove()
+        dtype = next(head.parameters()).dtype
+        return torch.cat([features.to(dtype) for features, _ in found]), torch.cat(expert_rows)
 
     def _end_window(self) -> bool:
         """Logs the measures since the last entry. Goes back to the best state and returns True if a task collapsed."""
@@ -299,8 +352,7 @@ class TintTrainer:
 
     def _prepare(self):
         """The model and its optimizer, as Accelerate wants them."""
-        parameters = list(self._parameters().values())
-        if not parameters:
+        if not self._parameters():
             raise ValueError(
                 "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
             )
@@ -308,7 +360,12 @@ class TintTrainer:
         if lr is None:
             tint_layers = self.model.tint_layers
             lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
-        groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
+        rates = {True: lr if args.coefficient_learning_rate is None else args.coefficient_learning_rate, False: lr}
+        groups = [
+            # `initial_lr` is that by which a scheduler goes on
+            {"params": [p for _, p in group], "lr": rates[kind], "initial_lr": rates[kind]}
+            for kind, group in groupby(self._parameters().items(), lambda item: _is_coefficient(item[0]))
+        ]
         optimizer = torch.optim.Adam(groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
         layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
@@ -317,7 +374,7 @@ class TintTrainer:
         # without a gradient, which DDP takes for an error
         self._prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
-        for parameter in parameters:
+        for parameter in self._parameters().values():
             parameter.data.copy_(broadcast(parameter.data))
         self._loss_since_update = 0.0
         self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
@@ -326,7 +383,9 @@ class TintTrainer:
         return self._prepared
 
     def _parameters(self):
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        """In the order of the optimizer, which is that of its groups."""
+        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return dict(sorted(named, key=lambda item: not _is_coefficient(item[0])))
 
     def _copy_parameters(self):
         return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters().items()}
@@ -769,6 +828,10 @@ def _checkpoint(layer, checkpoint, forward, *args):
             layer.training = before
 
     return checkpoint(forward_in_evaluation, *args)
+
+
+def _is_coefficient(name):
+    return ".tint_coefficients." in name
 
 
 def _share_equal(ours, theirs):
