@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modelcard import TASK_MAPPING
+from yaml import YAMLError
 
 from .experts import hub_reference
 
@@ -107,10 +108,15 @@ def save_card(model: nn.Module, folder: str | os.PathLike, **kwargs) -> None:
 
 
 def read_card(file: str | os.PathLike) -> ModelCard | None:
-    """The card in a file, if there is one. Of PEFT's or transformers' form that nobody has filled in nothing stays."""
+    """The card in a file, if there is one. Of PEFT's or transformers' form that nobody has filled in nothing stays.
+
+    Raises ValueError for one that cannot be read, of which what was added would be lost."""
     if not os.path.exists(file):
         return None
-    card, form = ModelCard.load(file), ModelCard.from_template(ModelCardData())
+    try:
+        card, form = ModelCard.load(file), ModelCard.from_template(ModelCardData())
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"The model card {str(file)!r} cannot be read ({error}). Mend or delete it.") from error
     if all(ADDED_TO_FORM.fullmatch(line) for line in set(card.text.splitlines()) - set(form.text.splitlines())):
         card.text, card.data.tags, card.data.base_model = "", None, None
     return card

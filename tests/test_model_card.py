@@ -14,6 +14,7 @@ from test_trainer import make_data
 
 import peft_tint
 from peft_tint import DtsConfig, TintConfig, TintTrainer, TintTrainingArguments, model_card
+from peft_tint._card import read_card
 
 RESULTS = {
     "a": {"agreement": 0.9, "accuracy": 0.8, "expert_accuracy": 0.9, "normalized_accuracy": 0.8 / 0.9},
@@ -231,3 +232,10 @@ def test_two_tasks_on_one_dataset(model):
     parts = {task: {"id": "me/x", "config": task, "split": "test"} for task in "ab"}
     card = model_card(model, results=RESULTS, datasets=parts)
     assert card.data.datasets == ["me/x"] and {r.dataset_config for r in card.data.eval_results} == {"a", "b"}
+
+
+@pytest.mark.parametrize("content", [b"---\ntags: [\n---\n", b"\xff", b"---\nmodel-index: 5\n---\n"])
+def test_a_card_that_cannot_be_read_is_not_overwritten(tmp_path, content):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?s)The model card .*README.md' cannot be read .* Mend or delete it"):
+        read_card(tmp_path / "README.md")

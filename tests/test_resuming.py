@@ -260,6 +260,8 @@ def test_resuming_from_a_folder_goes_on_with_more_steps(bert, tmp_path):
 
 def test_what_cannot_be_resumed_is_told(bert, tmp_path):
     out = tmp_path / "out"
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` is ''"):
+        make_trainer(bert, out).train(resume_from_checkpoint="")
     with pytest.raises(ValueError, match=r"There is no checkpoint in .*/out'; start anew"):
         make_trainer(bert, out).train(resume_from_checkpoint=True)
     make_trainer(bert, out).train()

@@ -30,6 +30,8 @@ def checkpoints(output_dir: str) -> dict[int, str]:
 
 def find_checkpoint(resume: bool | str | os.PathLike | None, output_dir: str) -> str | None:
     """The folder to resume from: the last checkpoint in `output_dir` for True, None for None or False."""
+    if resume == "":
+        raise ValueError("`resume_from_checkpoint` is ''; give a folder, True for the last checkpoint, or None.")
     if not resume:
         return None
     if resume is not True:

@@ -176,7 +176,8 @@ class TintTrainer:
 
         From a checkpoint (a folder, or True for the last in `output_dir`) training goes on to bitwise the result that
         it would have had without a stop, on the same machine. Processes read it from one disk. Raises ValueError where
-        there is none or it is not whole, and where model, data, objective or arguments are not those that it is of.
+        there is none or it is not whole, and where model, objective, arguments or the sizes of the data differ from
+        those that it is of.
         """
         if not self.train_dataset:
             raise ValueError("`train_dataset` is missing; give {task: unlabelled Dataset}.")
