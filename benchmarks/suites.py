@@ -35,6 +35,7 @@ import peft_tint
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 MAX_TOKENS = 64
+NOT_DESCRIBED = ("model", "data", "experts", "output", "configs", "report", "into", "seeds")  # or elsewhere
 
 
 def image_transform(args):
@@ -94,8 +95,8 @@ SUITES = {
 def add_suite_arguments(parser):
     """Of the vision suite, unless the parser has an argument --suite too."""
     parser.set_defaults(suite="vision")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--model")
+    parser.add_argument("--data")
     parser.add_argument("--tasks", nargs="+", help="by default four of images, or six of texts")
     parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
     parser.add_argument("--image_size", type=int, default=56)
@@ -208,16 +209,19 @@ def probe(model, data):
     model.classifier.bias.copy_(torch.from_numpy(fit.intercept_))
 
 
-def save_result(args, results):
+def describe(args):
+    """What a result depends on beside the code."""
     libraries = (torch, transformers, peft, accelerate, datasets, peft_tint)
-    config = {key: value for key, value in vars(args).items() if key not in ("model", "data", "experts", "output")}
+    config = {key: value for key, value in vars(args).items() if key not in NOT_DESCRIBED}
     config["model"] = os.path.basename(args.model.rstrip("/"))
-    result = {
-        "config": config,
+    return {
+        "arguments": config,
         "versions": {library.__name__: library.__version__ for library in libraries},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
-        "results": results,
     }
+
+
+def save_result(args, results):
     with open(args.output, "w") as file:
-        json.dump(result, file, indent=1)
+        json.dump({**describe(args), "results": results}, file, indent=1)
         file.write("\n")

@@ -25,13 +25,7 @@ STEPS = 7
 SETTINGS = {
     "sequential": {"update": "sequential"},
     "joint": {"update": "joint", "gradient_accumulation_steps": 2, "lr_scheduler_type": "linear"},
-    "heads": {
-        "update": "sequential",
-        "head_steps": 3,
-        "learning_rate": 1e-3,
-        "coefficient_learning_rate": 3e-2,
-        "lr_scheduler_type": "cosine",
-    },
+    "heads": {"update": "sequential", "head_steps": 3, "lr_scheduler_type": "cosine"},
     "best": {
         "update": "joint",
         "eval_steps": 2,

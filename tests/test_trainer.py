@@ -406,16 +406,6 @@ def test_misuse_is_told_before_the_first_step(bert, model, tmp_path):
         trainer._backward(model, "a", {**IDS, "expert_rows": torch.zeros(3, 2)}, 1)
 
 
-def test_coefficients_have_a_learning_rate_of_their_own(model, data, tmp_path):
-    """Adam's first step is as long as the learning rate."""
-    before = state(model)
-    rates = {"learning_rate": 1e-3, "coefficient_learning_rate": 1e-2}
-    TintTrainer(model, arguments(tmp_path, max_steps=1, update="joint", **rates), data).train()
-    for name, parameter in state(model).items():
-        rate = 1e-2 if "tint_coefficients" in name else 1e-3
-        assert (parameter - before[name]).abs().max() == pytest.approx(rate, rel=1e-2), name
-
-
 def test_heads_are_fitted_to_the_features_of_the_start(model, data, tmp_path):
     """Before any step, against the same written out: each head by itself, on the features of the merged model."""
     expected, before = {}, state(model)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 # The arguments with which a training that is resumed must have begun; the others may change
 DECISIVE = (
-    *("update", "learning_rate", "coefficient_learning_rate", "head_steps", "lr_scheduler_type"),
+    *("update", "learning_rate", "head_steps", "lr_scheduler_type"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
     *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
@@ -30,9 +30,6 @@ class TintTrainingArguments:
     )
     learning_rate: float | None = field(
         default=None, metadata={"help": "Adam's learning rate; None: 1e-2 where the tint layer is the head, else 1e-3."}
-    )
-    coefficient_learning_rate: float | None = field(
-        default=None, metadata={"help": "That of the merging coefficients; None: `learning_rate`."}
     )
     head_steps: int = field(
         default=0,

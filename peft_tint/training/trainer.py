@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count, groupby, islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -255,7 +255,7 @@ class TintTrainer:
                 continue
             objective = self._objective_of(task, self.objective)
             parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.Adam(parameters, self._optimizer.param_groups[-1]["lr"])
+            optimizer = torch.optim.Adam(parameters, self._optimizer.param_groups[0]["initial_lr"])
             scheduler = get_scheduler("cosine", optimizer, 0, self.args.head_steps)
             for _ in range(self.args.head_steps):
                 loss = objective(head(features), expert_rows, None)
@@ -353,7 +353,8 @@ class TintTrainer:
 
     def _prepare(self):
         """The model and its optimizer, as Accelerate wants them."""
-        if not self._parameters():
+        parameters = list(self._parameters().values())
+        if not parameters:
             raise ValueError(
                 "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
             )
@@ -361,12 +362,7 @@ class TintTrainer:
         if lr is None:
             tint_layers = self.model.tint_layers
             lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
-        rates = {True: lr if args.coefficient_learning_rate is None else args.coefficient_learning_rate, False: lr}
-        groups = [
-            # `initial_lr` is that by which a scheduler goes on
-            {"params": [p for _, p in group], "lr": rates[kind], "initial_lr": rates[kind]}
-            for kind, group in groupby(self._parameters().items(), lambda item: _is_coefficient(item[0]))
-        ]
+        groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
         optimizer = torch.optim.Adam(groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
         layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
@@ -375,7 +371,7 @@ class TintTrainer:
         # without a gradient, which DDP takes for an error
         self._prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
-        for parameter in self._parameters().values():
+        for parameter in parameters:
             parameter.data.copy_(broadcast(parameter.data))
         self._loss_since_update = 0.0
         self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
@@ -384,9 +380,7 @@ class TintTrainer:
         return self._prepared
 
     def _parameters(self):
-        """In the order of the optimizer, which is that of its groups."""
-        named = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        return dict(sorted(named, key=lambda item: not _is_coefficient(item[0])))
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _copy_parameters(self):
         return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters().items()}
@@ -829,10 +823,6 @@ def _checkpoint(layer, checkpoint, forward, *args):
             layer.training = before
 
     return checkpoint(forward_in_evaluation, *args)
-
-
-def _is_coefficient(name):
-    return ".tint_coefficients." in name
 
 
 def _share_equal(ours, theirs):

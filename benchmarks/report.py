@@ -1,0 +1,70 @@
+"""The table and the picture of the results of `run.py`."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+
+matplotlib.use("Agg")
+
+
+def report(folder: Path) -> None:
+    """Writes table.md and pareto.png to a folder of results, among which are those of "experts"."""
+    results = {file.stem: json.loads(file.read_text())["results"] for file in sorted(folder.glob("*.json"))}
+    experts = {seed["seed"]: seed["accuracy"] for seed in results["experts"]}
+    rows = {name: summary(seeds, experts) for name, seeds in results.items()}
+    rows = dict(sorted(rows.items(), key=lambda item: item[1]["normalised"][0]))
+    (folder / "table.md").write_text(table(rows, list(experts[results["experts"][0]["seed"]])))
+    plot(results, rows, experts, folder / "pareto.png")
+
+
+def summary(seeds, experts):
+    """Means over the seeds; of the mean accuracy over that of the experts, also the standard deviation."""
+    accuracy = {task: np.mean([seed["accuracy"][task] for seed in seeds]) for task in seeds[0]["accuracy"]}
+    normalised = [
+        np.mean([seed["accuracy"][task] / experts[seed["seed"]][task] for task in accuracy if task != "mean"])
+        for seed in seeds
+    ]
+    of_all = {name: np.mean([seed[name] for seed in seeds]) for name in ("cpu_s", "peak_mb", "bytes")}
+    return {"accuracy": accuracy, "normalised": (np.mean(normalised), np.std(normalised), len(seeds)), **of_all}
+
+
+def table(rows, tasks):
+    lines = ["| method | " + " | ".join(tasks) + " | normalised | CPU s | peak MB | MB of the models |"]
+    lines.append("|---" * (len(tasks) + 5) + "|")
+    for name, row in rows.items():
+        mean, deviation, count = row["normalised"]
+        cells = [f"{row['accuracy'][task]:.3f}" for task in tasks]
+        cells.append(f"{mean:.1%} ± {deviation:.1%}" if count > 1 else f"{mean:.1%}")
+        cells += [f"{row['cpu_s']:.0f}", f"{row['peak_mb']:.0f}", f"{row['bytes'] / 1e6:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results, rows, experts, path):
+    """Normalised accuracy against CPU time; lines are the courses of trainings, of the first seed that has one."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, row in rows.items():
+        if name in ("experts", "pretrained"):
+            axes.axhline(row["normalised"][0], color="0.6", linestyle=":", linewidth=1)
+            axes.annotate(
+                name,
+                (0, row["normalised"][0]),
+                (2, 2),
+                xycoords=("axes fraction", "data"),
+                size=7,
+                textcoords="offset points",
+            )
+            continue
+        (point,) = axes.plot(row["cpu_s"], row["normalised"][0], "o", markersize=4)
+        axes.annotate(name, (row["cpu_s"], row["normalised"][0]), (4, 2), textcoords="offset points", size=7)
+        for seed in results[name]:
+            if seed.get("curve"):
+                _, seconds, accuracy = np.transpose(seed["curve"])
+                axes.plot(seconds, accuracy / experts[seed["seed"]]["mean"], color=point.get_color(), linewidth=0.8)
+                break
+    axes.set(xscale="log", xlabel="CPU seconds from the experts to the merged model", ylabel="normalised accuracy")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
