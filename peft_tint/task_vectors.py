@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 
 class LowRank(NamedTuple):
@@ -41,11 +43,15 @@ class TaskVectors(nn.Module):
     `dense` and `low_rank` are {index of the task: tensor of the parameter's shape or LowRank}; a task in neither did
     not change the parameter. Nothing here is saved or trained. `original` are the task vectors as they were before
     a transform, which make the experts.
+
+    With a `shape`, `dense` has this process's parts (`shard`) of tensors of that shape. What needs them whole is then
+    to be called in all processes at once. The coefficients' gradients are parts, too, of those of the sum of the
+    processes' losses: their sum over the processes is the gradient.
     """
 
-    def __init__(self, dense: dict[int, torch.Tensor], low_rank: dict[int, LowRank], original=None):
+    def __init__(self, dense: dict[int, torch.Tensor], low_rank: dict[int, LowRank], original=None, shape=None):
         super().__init__()
-        self.original = original
+        self.original, self.shape = original, shape
         ranks = [task for task, factors in low_rank.items() for _ in range(len(factors.a))]
         scales = [
             torch.as_tensor(factors.scale, dtype=torch.float32, device=factors.b.device).expand(len(factors.a))
@@ -77,7 +83,7 @@ class TaskVectors(nn.Module):
         device = (self.b if self.dense is None else self.dense).device
         total = torch.zeros(shape, dtype=torch.float32, device=device)
         if self.dense is not None:
-            total += self.dense[self.dense_tasks == task].sum(0)  # of one or none
+            total += self._whole(self.dense[self.dense_tasks == task].sum(0))  # of one or none
         if self.a is not None:
             own = self.rank_tasks == task
             factors = LowRank(self.b[:, own], self.a[own].flatten(1), self.scale_bits[own].view(torch.float32))
@@ -93,7 +99,8 @@ class TaskVectors(nn.Module):
         """W0 + sum_k lambda_k tau_k, differentiable in `coefficients`; without the LoRA experts if not `low_rank`."""
         if self.dense is not None:
             some = len(self.dense_tasks) < len(coefficients)
-            weight = merge_weight(weight, coefficients[self.dense_tasks] if some else coefficients, self.dense)
+            coefficients_of_dense = coefficients[self.dense_tasks] if some else coefficients
+            weight = merge_weight(weight, coefficients_of_dense, self.dense, self.shape is not None)
         if low_rank and self.a is not None:
             weight = (weight.to(_wide(weight)) + self._low_rank_sum(coefficients, weight)).to(weight.dtype)
         return weight
@@ -102,10 +109,13 @@ class TaskVectors(nn.Module):
         """As `merge`, by plain additions: the very numbers of W0 + (lambda_1 tau_1 + lambda_2 tau_2 + ...)."""
         total = torch.zeros_like(weight, dtype=_wide(weight))
         for row, task in enumerate(self.dense_tasks.tolist()):
-            total += coefficients[task] * self.dense[row].to(total.dtype)
+            total += coefficients[task] * self._whole(self.dense[row]).to(total.dtype)
         if self.a is not None:
             total += self._low_rank_sum(coefficients, weight)
         return (weight.to(total.dtype) + total).to(weight.dtype)
+
+    def _whole(self, dense):
+        return dense if self.shape is None else unshard(dense, self.shape)
 
     def _low_rank_sum(self, coefficients, weight):
         scaled = self.b.to(_wide(weight)) * self.rank_coefficients(coefficients)
@@ -118,28 +128,52 @@ def compute_task_vector(expert: torch.Tensor, base: torch.Tensor) -> torch.Tenso
     return expert.to(dtype) - base.to(dtype)
 
 
-def merge_weight(weight: torch.Tensor, coefficients: torch.Tensor, task_vectors: torch.Tensor) -> torch.Tensor:
+def shard(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor's entries: as many as every other's, the last filled up with zeros."""
+    return _in_parts(tensor)[dist.get_rank()].clone()
+
+
+def _in_parts(tensor):
+    """All processes' parts, of shape (processes, entries)."""
+    count = dist.get_world_size()
+    return F.pad(tensor.flatten(), (0, -tensor.numel() % count)).view(count, -1)
+
+
+def unshard(part: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The tensor of which each process gives its part."""
+    parts = part.new_empty(dist.get_world_size() * part.numel())
+    dist.all_gather_into_tensor(parts, part.contiguous())
+    return parts[: shape.numel()].view(shape)
+
+
+def merge_weight(
+    weight: torch.Tensor, coefficients: torch.Tensor, task_vectors: torch.Tensor, sharded: bool = False
+) -> torch.Tensor:
     """W = W0 + sum_k lambda_k tau_k for one tensor, differentiable in the coefficients and in W0.
 
-    `weight` has any shape, `coefficients` shape (tasks,), `task_vectors` shape (tasks, *weight.shape). The sum is
-    accumulated in float32 (float64 for float64 weights) also under autocast, and has the dtype of `weight`.
+    `weight` has any shape, `coefficients` shape (tasks,), `task_vectors` shape (tasks, *weight.shape), or (tasks,
+    entries of this process) if `sharded`. The sum is accumulated in float32 (float64 for float64 weights) also under
+    autocast, and has the dtype of `weight`.
 
     The gradient of a coefficient is `<dL/dW, tau_k>`, so one matrix-vector product over the stacked task vectors
     gives the weight and one gives all gradients; autograd's own graph over the K additions would keep and walk K
-    temporaries of the size of the weight.
+    temporaries of the size of the weight. Between processes only tensors of the size of the weight are exchanged,
+    whatever the number of tasks: the sum forward, the gradient of the weight backward.
     """
-    return _MergeWeight.apply(weight, coefficients, task_vectors)
+    return _MergeWeight.apply(weight, coefficients, task_vectors, sharded)
 
 
 class _MergeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, coefficients, task_vectors):
+    def forward(ctx, weight, coefficients, task_vectors, sharded):
         ctx.save_for_backward(task_vectors)
-        ctx.coefficients_dtype = coefficients.dtype
+        ctx.coefficients_dtype, ctx.sharded = coefficients.dtype, sharded
         dtype = _wide(weight)
         with torch.autocast(weight.device.type, enabled=False):
             stack, coefficients = _rows(task_vectors).to(dtype), coefficients.to(dtype)  # (tasks, entries), (tasks,)
-            if weight.is_cuda:  # where a matrix product might be in TF32, which would round the task vectors
+            if sharded:
+                merged = weight.to(dtype) + unshard(torch.mv(stack.t(), coefficients), weight.shape)
+            elif weight.is_cuda:  # where a matrix product might be in TF32, which would round the task vectors
                 merged = torch.addmv(weight.to(dtype).flatten(), stack.t(), coefficients)
             else:  # where this reads the stack faster
                 merged = torch.addmm(weight.to(dtype).reshape(1, -1), coefficients[None], stack)
@@ -153,9 +187,14 @@ class _MergeWeight(torch.autograd.Function):
         grad_coefficients = None
         if ctx.needs_input_grad[1]:
             with torch.autocast(grad.device.type, enabled=False):
-                grad_coefficients = torch.mv(_rows(task_vectors).to(dtype), grad.to(dtype).flatten())
+                wanted = grad.to(dtype).flatten()
+                if ctx.sharded:
+                    parts = _in_parts(wanted)
+                    wanted = torch.empty_like(parts[0])
+                    dist.reduce_scatter_tensor(wanted, parts.flatten())
+                grad_coefficients = torch.mv(_rows(task_vectors).to(dtype), wanted)
             grad_coefficients = grad_coefficients.to(ctx.coefficients_dtype)
-        return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None
+        return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None, None
 
 
 def _rows(stack):

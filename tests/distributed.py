@@ -1,4 +1,4 @@
-"""accelerate launch tests/distributed.py ddp|resuming|fsdp FILE
+"""accelerate launch tests/distributed.py ddp|sharded|resuming|fsdp FILE
 
 What `test_training_elsewhere.py` runs in two processes, and by import in one. The first process writes its results to
 FILE.
@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 import peft_tint
 from peft_tint import TintTrainer, TintTrainingArguments
+from peft_tint.task_vectors import TaskVectors
 from peft_tint.tint.merged_layer import MergedLayer
 
 CLASSES = {"a": 2, "b": 4}
@@ -90,6 +91,33 @@ def ddp():
     results["processes"] = state.num_processes
     if state.num_processes > 1:
         results["plain"] = plain_ddp(model)
+    return results
+
+
+SHARDED = {
+    "task vectors": {},
+    "transform": {"transform": "ties", "coefficient_init": "average", "granularity": "block"},
+    "low rank": {"save_experts": "dts", "save_experts_kwargs": {"rank_ratio": 0.5}},
+}
+
+
+def sharded():
+    """Trainings with task vectors in parts, what is merged afterwards, and the bytes of the task vectors."""
+    state, results = PartialState(cpu=True), {}
+    for name, config in SHARDED.items():
+        model = make_model(**{"coefficient_init": 0.2, **config}, shard_task_vectors=True)
+        layers = [module for module in model.modules() if isinstance(module, TaskVectors) and module.dense is not None]
+        trainer = make_trainer(model, 8)
+        trainer.train()
+        results[name] = {
+            "parameters": trained(model),
+            "log": trainer.log_history,
+            "evaluation": trainer.evaluate(),
+            "entries": sum(layer.dense.numel() for layer in layers),
+            "saved": model.peft_config["default"].to_dict()["shard_task_vectors"],
+            "merged": model.merge_and_unload(task="b").state_dict(),
+        }
+    results["processes"] = state.num_processes
     return results
 
 
@@ -175,7 +203,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     disable_progress_bars()
-    results = {"ddp": ddp, "resuming": resuming, "fsdp": fsdp}[sys.argv[1]]()
+    results = {"ddp": ddp, "sharded": sharded, "resuming": resuming, "fsdp": fsdp}[sys.argv[1]]()
     if PartialState(cpu=True).is_main_process:
         torch.save(results, sys.argv[2])
     PartialState(cpu=True).destroy_process_group()

@@ -236,6 +236,21 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     assert two["plain"]["task vectors"] > 0 and two["plain"]["task vectors sent"] == 0
 
 
+def test_task_vectors_in_parts_train_as_whole_ones(tmp_path):
+    """And take half as many entries in each of two processes, but for what fills up the last part."""
+    two = launch(tmp_path, "sharded")
+    one = distributed.sharded()
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    for name, ours in one.items():
+        theirs = two[name]
+        torch.testing.assert_close(theirs["parameters"], ours["parameters"], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(theirs["merged"], ours["merged"], rtol=0, atol=1e-5, msg=name)
+        assert theirs["evaluation"] == ours["evaluation"] and not theirs["saved"]
+        for entry, expected in zip(theirs["log"], ours["log"], strict=True):
+            assert entry == pytest.approx(expected, rel=1e-4), name
+        assert ours["entries"] / 2 <= theirs["entries"] < ours["entries"] / 1.9
+
+
 def test_two_processes_resume_as_if_never_stopped(tmp_path):
     """Bitwise, in both processes, each with its own random states."""
     two = launch(tmp_path, "resuming")

@@ -42,7 +42,7 @@ from ..experts import (
     match_vocabulary,
 )
 from ..merging import transform_task_vectors
-from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector
+from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector, shard
 from ._auto import choose_tint_layer
 from ._saved_experts import pack_expert, split_experts
 from ._start import starting_coefficients
@@ -126,12 +126,13 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
         if config.is_packed:
             _unpack_experts(plan, base, config, dense, low_rank)
         else:
-            _load_experts(plan, base, sources, dense, low_rank)
+            _load_experts(plan, base, sources, dense, low_rank, config.is_sharded)
         for name, (module, leaf) in owned.items():
             plan.task_vectors.setdefault(module, {})
             # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
             if dense[name] or low_rank[name]:
-                plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name))
+                shape = tensors[name].shape if config.is_sharded else None
+                plan.task_vectors[module][leaf] = TaskVectors(dense.pop(name), low_rank.pop(name), shape=shape)
     _drop_unchanged(plan)
     task_vectors = {task: planned_task_vector(plan, base, index) for index, task in enumerate(sources)}
     if config.save_experts == "dts" and not config.is_packed:
@@ -156,8 +157,11 @@ def _transform(plan, base, task_vectors, config):
     parts = transform_task_vectors(task_vectors, config.transform, **config.transform_kwargs)
     for name, (module, leaf) in base.owned.items():
         if own := plan.task_vectors.get(module, {}).get(leaf):
-            dense = {index: parts[task][name].to(base.tensors[name].dtype) for index, task in enumerate(task_vectors)}
-            plan.task_vectors[module][leaf] = TaskVectors(dense, {}, own)
+            keep = shard if config.is_sharded else torch.Tensor.contiguous
+            dense = {
+                index: keep(parts[task][name].to(base.tensors[name].dtype)) for index, task in enumerate(task_vectors)
+            }
+            plan.task_vectors[module][leaf] = TaskVectors(dense, {}, own, own.shape)
 
 
 def _start(plan, base, task_vectors, config):
@@ -171,16 +175,16 @@ def _start(plan, base, task_vectors, config):
     return starting_coefficients(task_vectors, units, method, bounds, **config.coefficient_init_kwargs)
 
 
-def _load_experts(plan, base, sources, dense, low_rank):
+def _load_experts(plan, base, sources, dense, low_rank, sharded):
     vocabulary = find_vocabulary(base.model, base.tensors)
     for index, (task, source) in enumerate(sources.items()):
         expert = match_vocabulary(load_expert(task, source, base.model), base.tensors, vocabulary, common=False)
         config = getattr(base.model, "config", None)
         check_expert(expert, base.tensors, base.per_task, base.buffers - base.per_task, config)
-        _add_expert(plan, base, expert, index, dense, low_rank)
+        _add_expert(plan, base, expert, index, dense, low_rank, sharded)
 
 
-def _add_expert(plan, base, expert, index, dense, low_rank):
+def _add_expert(plan, base, expert, index, dense, low_rank, sharded):
     """Accounts for each tensor of an expert: it is merged, the task's own, or kept as it is for `TintModel.expert`."""
     of_expert = expert.by_tensor(base.tensors)
     for name, factors in expert.low_rank.items():
@@ -194,7 +198,7 @@ def _add_expert(plan, base, expert, index, dense, low_rank):
         weight = base.tensors[name].detach()
         change = compute_task_vector(of_expert[id(base.tensors[name])].to(weight.device), weight).to(weight.dtype)
         if change.any():
-            dense[name][index] = change
+            dense[name][index] = shard(change) if sharded else change
     for name, copies in plan.expert_modules.items():
         copies[expert.task] = expert_module(expert, name, base.modules[name], base.tensors, of_expert)
     heads = [copies[expert.task] for copies in plan.expert_modules.values()]
@@ -256,7 +260,7 @@ def _unpack_experts(plan, base, config, dense, low_rank):
             elif isinstance(change, LowRank):
                 low_rank[name][index] = change
             else:
-                dense[name][index] = change
+                dense[name][index] = shard(change) if config.is_sharded else change
         for name, tensor in whole.items():
             check_whole(owner, name, tensor, base.tensors[name])
         of_expert = {id(base.tensors[name]): tensor for name, tensor in whole.items()}

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from accelerate import PartialState
 from peft import load_peft_weights
 from peft.utils.peft_types import PeftType
 
@@ -102,6 +103,10 @@ class TintConfig(SavedConfig):
             For each task the sha256 of its expert's safetensors file (of shards one after another, in the order of
             their names). Filled in when the experts are loaded, as is the commit of those on the Hub. Experts with
             others are refused; `None` takes them as they are.
+        shard_task_vectors (`bool`, *optional*):
+            Under several processes of `torch.distributed`, each keeps its part of the full task vectors (LoRA experts
+            stay whole). All processes must then make the model, run it, and merge it at once, as [`TintTrainer`] does.
+            It is about a run and is saved as `False`.
         sha256 (`str`, *optional*):
             Filled in when the adapter is saved: that of its weights' file and of the settings that belong to them.
     """
@@ -173,6 +178,10 @@ class TintConfig(SavedConfig):
     )
     unchanged: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Tensors that each expert has not changed; filled in with save_experts='dts'."}
+    )
+    shard_task_vectors: bool = field(
+        default=False,
+        metadata={"help": "Under several processes, each keeps its part of the task vectors; never saved as True."},
     )
     experts_sha256: dict[str, str] | None = field(
         default=None,
@@ -267,9 +276,15 @@ class TintConfig(SavedConfig):
         return config
 
     def to_dict(self):
+        fields = {**super().to_dict(), "shard_task_vectors": False}
         if self.save_experts == "reference" or self.experts is None:
-            return super().to_dict()
-        return {**super().to_dict(), "experts": {t: hub_reference(source) for t, source in self.experts.items()}}
+            return fields
+        return {**fields, "experts": {task: hub_reference(source) for task, source in self.experts.items()}}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether task vectors are in parts, which one process alone has no use for."""
+        return self.shard_task_vectors and PartialState().num_processes > 1
 
     def _check_coefficients(self):
         init = self.coefficient_init

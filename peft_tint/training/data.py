@@ -82,7 +82,9 @@ class WithExpertRows(torch.utils.data.Dataset):
         return [{**sample, EXPERT_ROWS: row} for sample, row in zip(samples, rows, strict=True)]
 
 
-def cache_expert_rows(dataset: Dataset, compute, key, batch_size: int, description: str) -> Dataset:
+def cache_expert_rows(
+    dataset: Dataset, compute, key, batch_size: int, description: str, use_cache: bool = True
+) -> Dataset:
     """The expert's rows of every sample, as a dataset with one column.
 
     `compute(samples)` returns a list of tensors (rows, classes). `key` is all that decides the result beside the
@@ -100,5 +102,6 @@ def cache_expert_rows(dataset: Dataset, compute, key, batch_size: int, descripti
         remove_columns=dataset.column_names,
         features=Features({EXPERT_ROWS: List(List(Value("float32")))}),
         new_fingerprint=Hasher.hash([dataset._fingerprint, key]),
+        load_from_cache_file=use_cache,
         desc=description,
     )

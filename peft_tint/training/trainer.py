@@ -566,9 +566,11 @@ class TintTrainer:
             self.model.eval()
             key = [self.model.expert_fingerprint(task), kind, self.accelerator.mixed_precision, self.args.bf16]
             key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
-            with self.model.expert(task), self.accelerator.main_process_first():
+            # processes that have the experts in parts run them together
+            sharded = self.model.peft_config[self.model.active_adapter].is_sharded
+            with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
-                self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description)
+                self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description, not sharded)
         return self._cached[memo]
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
