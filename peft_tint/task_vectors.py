@@ -189,9 +189,9 @@ class _MergeWeight(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 wanted = grad.to(dtype).flatten()
                 if ctx.sharded:
-                    parts = _in_parts(wanted)
+                    parts = list(_in_parts(wanted))
                     wanted = torch.empty_like(parts[0])
-                    dist.reduce_scatter_tensor(wanted, parts.flatten())
+                    dist.reduce_scatter(wanted, parts)
                 grad_coefficients = torch.mv(_rows(task_vectors).to(dtype), wanted)
             grad_coefficients = grad_coefficients.to(ctx.coefficients_dtype)
         return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None, None
