@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator
 
 matplotlib.use("Agg")
 
@@ -65,6 +66,9 @@ def plot(results, rows, experts, path):
                 _, seconds, accuracy = np.transpose(seed["curve"])
                 axes.plot(seconds, accuracy / experts[seed["seed"]]["mean"], color=point.get_color(), linewidth=0.8)
                 break
-    axes.set(xscale="log", xlabel="CPU seconds from the experts to the merged model", ylabel="normalised accuracy")
+    axes.set_xscale("log", subs=[])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="CPU seconds from the experts to the merged model", ylabel="normalised accuracy")
     figure.savefig(path, dpi=150)
     plt.close(figure)
