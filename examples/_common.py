@@ -27,7 +27,9 @@ from transformers.utils import cached_file
 from peft_tint import MERGING_METHODS, TintConfig, TintTrainer, check_experts, merge
 from peft_tint.plots import plot_accuracy, plot_coefficients, plot_cross_task, plot_similarity, plot_training
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # libraries, about themselves
+
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 # Merges that are sums want a scale below 1, those that are means or rescale themselves want 1
 SUMS = ("task_arithmetic", "ties", "dare", "dare_ties", "magnitude", "consensus", "tall_masks")
 AGGREGATE = {"ties": {"aggregate": "sum"}, "dare_ties": {"aggregate": "sum"}}
@@ -291,7 +293,7 @@ def run(args, training, setup, metric="accuracy"):
     """Scores every method, writes the table, pictures, results and the adapter of Tint, and pushes it if asked."""
     main = PartialState().is_main_process
     output, quiet = Path(training.output_dir), replace(training, save_steps=None, eval_steps=None, report_to="none")
-    quiet = replace(quiet, load_best_model_at_end=False, collapse_guard=None)
+    quiet = replace(quiet, load_best_model_at_end=False, collapse_guard=None, disable_tqdm=True)
     reference = make_trainer(setup, quiet, data=False, coefficient_init=0.0)
     scores = {"pretrained": reference.evaluate()}
     for method in args.method:

@@ -40,6 +40,7 @@ class ExpertArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "The base: a Hub id or a folder."})
     data: list[str] | None = field(default=None, metadata={"help": "TASK=SOURCE for each task."})
     lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA adapter on all linear layers; 0: all weights."})
+    freeze_embeddings: bool = field(default=False, metadata={"help": "Of a model of texts."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut."})
 
     def __post_init__(self):
@@ -72,6 +73,8 @@ def finetune(args, training, task):
     )
     if not vision and processor.pad_token is None:  # GPT-2
         processor.pad_token, model.config.pad_token_id = processor.eos_token, processor.eos_token_id
+    if args.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     if args.lora_r:
         saved = {"modules_to_save": ["classifier"]} if vision else {"task_type": "SEQ_CLS"}  # the head
         model = get_peft_model(model, LoraConfig(r=args.lora_r, target_modules="all-linear", **saved))

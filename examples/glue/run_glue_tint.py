@@ -112,10 +112,11 @@ def correlation(function):
 
 def use_embedded(args):
     """Names base, data and experts that this machine has: they are made in the first run and kept in the cache."""
+    torch.set_num_threads(max(1, os.cpu_count() // 2))  # so small a model gains little from more
     args.max_seq_length = 48
     args.model_name_or_path = make_base(Path(args.cache_dir) / "base")
     args.data = {task: str(make_data(task, Path(args.cache_dir) / "data" / task)) for task in STEPS}
-    expert = ExpertArguments(args.model_name_or_path, args.data, max_seq_length=args.max_seq_length)
+    expert = ExpertArguments(args.model_name_or_path, args.data, 0, True, args.max_seq_length)
     steps = {task: max(1, int(count * args.finetune_steps)) for task, count in STEPS.items()}
     args.experts = {}
     for task in STEPS:
