@@ -1,8 +1,316 @@
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers as T
+from datasets import ClassLabel, Dataset, DatasetDict
+from hub_emulator import HubEmulator
+from models import ARCHITECTURES, CLIP, make_experts
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from test_save_merged import make_tokenizer
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+GLUE = {
+    "cola": (("sentence",), 2),
+    "sst2": (("sentence",), 2),
+    "mrpc": (("sentence1", "sentence2"), 2),
+    "stsb": (("sentence1", "sentence2"), 1),
+    "qqp": (("question1", "question2"), 2),
+    "mnli": (("premise", "hypothesis"), 3),
+    "qnli": (("question", "sentence"), 2),
+    "rte": (("sentence1", "sentence2"), 2),
+}
+METRICS = {
+    "cola": ["matthews_correlation"],
+    "mrpc": ["accuracy", "f1"],
+    "qqp": ["accuracy", "f1"],
+    "stsb": ["pearson", "spearman"],
+}
+PICTURES = ["accuracy", "coefficients", "cross_task_after", "cross_task_before", "similarity", "training"]
+
+
+def run(script, *flags, launch=False, environment=None):
+    """As a user runs it. Returns what it printed."""
+    command = [sys.executable]
+    if launch:  # in two processes on the CPU
+        settings = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+        command += ["-m", "accelerate.commands.launch", *settings.split(), "--main_process_port", "0"]
+        environment = {"ACCELERATE_USE_CPU": "true"}
+    paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **paths, **(environment or {})}
+    command += [str(EXAMPLES / script), *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def pairs(sources):
+    return [f"{task}={source}" for task, source in sources.items()]
+
+
+def make_rows(task, count):
+    """Texts of the word "text." and others; the label is whether it is there, so that something can be learned."""
+    columns, classes = GLUE[task]
+    random = np.random.default_rng(len(task) + count)
+    label = random.integers(max(classes, 2), size=count)
+    rows = {
+        name: [
+            " ".join(["A"] * int(n) + ["text."] * int(i))
+            for n, i in zip(random.integers(1, 6, count), label, strict=True)
+        ]
+        for name in columns
+    }
+    if classes == 1:
+        return Dataset.from_dict({**rows, "label": (label + random.random(count)).tolist()})
+    names = [f"class_{i}" for i in range(classes)]
+    return Dataset.from_dict({**rows, "label": label.tolist()}).cast_column("label", ClassLabel(names=names))
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    """A tiny BERT with its tokenizer, an expert for each of the eight tasks, and their data as the Hub has them:
+    ({task: expert}, {task: data}, base)."""
+    folder = tmp_path_factory.mktemp("glue")
+    torch.manual_seed(0)
+    base = ARCHITECTURES["bert"].build()
+    base.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    for task, expert in make_experts(base, {task: classes for task, (_, classes) in GLUE.items()}).items():
+        expert.save_pretrained(folder / "experts" / task)
+        matched = "_matched" if task == "mnli" else ""
+        splits = {"train": make_rows(task, 32), f"validation{matched}": make_rows(task, 24)}
+        DatasetDict({**splits, f"test{matched}": make_rows(task, 16)}).save_to_disk(folder / "data" / task)
+    return {t: folder / "experts" / t for t in GLUE}, {t: folder / "data" / t for t in GLUE}, folder / "base"
+
+
+def glue_flags(glue, output, *tasks, **more):
+    experts, data, base = glue
+    tasks = tasks or GLUE
+    flags = ["--model_name_or_path", base, "--experts", *pairs({task: experts[task] for task in tasks})]
+    flags += ["--data", *pairs({task: data[task] for task in tasks}), "--output_dir", output]
+    more = {"max_steps": 2, "per_device_train_batch_size": 4, "disable_tqdm": True, **more}
+    return [*flags, *(f"--{name}={value}" for name, value in more.items())]
+
+
+def results(output):
+    return json.loads((output / "results.json").read_text())["scores"]
+
+
+def test_glue_merges_the_eight_tasks_by_name_and_scores_each_by_its_metric(glue, tmp_path):
+    methods = ["pretrained", "ties", "emr", "supervised", "adamerging", "tint"]
+    printed = run("glue/run_glue_tint.py", *glue_flags(glue, tmp_path), "--method", *methods)
+    scores = results(tmp_path)
+    assert list(scores) == ["experts", *methods]
+    for method, of_tasks in scores.items():
+        assert f"\n| {method} |" in printed
+        assert list(of_tasks) == [*GLUE, "mean"]
+        for task in GLUE:
+            names = METRICS.get(task, ["accuracy"])
+            assert {*names, "score"} <= of_tasks[task].keys()
+            assert of_tasks[task]["score"] == pytest.approx(np.mean([of_tasks[task][name] for name in names]))
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in PICTURES)
+    adapter = PeftModel.from_pretrained(
+        T.AutoModelForSequenceClassification.from_pretrained(glue[2]), tmp_path / "adapter"
+    )
+    assert adapter.tasks == list(GLUE) and len(adapter.task_labels("mnli")["id2label"]) == 3
+
+
+def test_glue_of_two_processes_is_that_of_one(glue, tmp_path):
+    """And a JSON file stands for flags, which replace what it says."""
+    file = tmp_path / "arguments.json"
+    experts, data, base = glue
+    arguments = {"experts": {task: str(experts[task]) for task in ("mrpc", "stsb")}, "model_name_or_path": str(base)}
+    arguments |= {"data": {task: str(data[task]) for task in arguments["experts"]}, "method": ["supervised", "tint"]}
+    file.write_text(json.dumps({**arguments, "max_steps": 9, "disable_tqdm": True, "cross_task_samples": 0}))
+    flags = [file, "--max_steps", "2"]
+    run("glue/run_glue_tint.py", *flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 8)
+    run(
+        "glue/run_glue_tint.py",
+        *flags,
+        "--output_dir",
+        tmp_path / "two",
+        "--per_device_train_batch_size",
+        4,
+        launch=True,
+    )
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    of_one, of_two = results(tmp_path / "one"), results(tmp_path / "two")
+    for method in ("experts", "tint"):
+        assert of_two[method]["mrpc"] == pytest.approx(of_one[method]["mrpc"])
+
+
+def test_glue_resumes(glue, tmp_path):
+    flags = glue_flags(glue, tmp_path / "whole", "sst2", "rte", max_steps=4, cross_task_samples=0)
+    run("glue/run_glue_tint.py", *flags, "--method", "tint")
+    flags = glue_flags(glue, tmp_path / "out", "sst2", "rte", save_steps=2, cross_task_samples=0)
+    run("glue/run_glue_tint.py", *flags, "--method", "tint")
+    run("glue/run_glue_tint.py", *flags, "--method", "tint", "--max_steps", 4, "--resume_from_checkpoint", "last")
+    whole, resumed = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_glue_pushes(glue, tmp_path):
+    with HubEmulator() as hub:
+        environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        flags = glue_flags(glue, tmp_path, "sst2", "rte", save_experts="dts", cross_task_samples=0)
+        flags += ["--method", "tint", "--push_to_hub", "--hub_model_id", "me/glue"]
+        run("glue/run_glue_tint.py", *flags, environment=environment)
+        files = hub.repositories["me/glue"].files()
+        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
+
+
+@pytest.mark.parametrize("kind", ["texts", "images"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_experts_are_fine_tuned_and_then_merged(kind, rank, glue, tmp_path):
+    """Full ones and LoRA adapters, from a file of data each (csv) and from a folder of images."""
+    experts, vision = {}, kind == "images"
+    base = make_vit(tmp_path / "base") if vision else glue[2]
+    data = {"a": tmp_path / "a.csv", "b": tmp_path / "b.csv"}
+    if vision:
+        data = {
+            task: make_images(tmp_path / task, names) for task, names in {"a": ["x", "y"], "b": ["u", "v", "w"]}.items()
+        }
+    else:
+        make_rows("mnli", 40).cast_column("label", datasets.Value("string")).to_csv(data["a"])
+        make_rows("stsb", 40).to_csv(data["b"])
+    flags = ["--model_name_or_path", base, "--data", *pairs(data), "--lora_r", rank, "--max_steps", 2, "--use_cpu"]
+    printed = run("finetune_experts.py", *flags, "--output_dir", tmp_path / "out", "--do_eval")
+    assert "\na: " in f"\n{printed}"
+    experts = {task: tmp_path / "out" / task for task in data}
+    assert (experts["a"] / ("adapter_config.json" if rank else "config.json")).exists()
+    script = "vision/run_vision_tint.py" if vision else "glue/run_glue_tint.py"
+    flags = ["--model_name_or_path", base, "--data", *pairs(data), "--experts", *pairs(experts), "--max_steps", 2]
+    run(script, *flags, "--output_dir", tmp_path / "merged", "--method", "average", "tint")
+    scores = results(tmp_path / "merged")
+    assert list(scores["tint"]) == ["a", "b", "mean"]
+    # of average, whose model is a tint of the average, the experts are those of the base
+    assert scores["average"]["a"]["expert_score"] == scores["experts"]["a"]["score"]
+
+
+def make_vit(folder):
+    ARCHITECTURES["vit"].build().save_pretrained(folder)
+    T.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def make_images(folder, names):
+    random = np.random.default_rng(0)
+    label = random.integers(len(names), size=40)
+    images = [Image.fromarray(np.uint8(random.integers(0, 120 + 60 * i, (20, 20, 3)))) for i in label]
+    rows = Dataset.from_dict(
+        {"image": images, "label": label.tolist()},
+        datasets.Features({"image": datasets.Image(), "label": ClassLabel(names=names)}),
+    )
+    DatasetDict(rows.train_test_split(0.5, seed=0)).save_to_disk(folder)
+    return folder
+
+
+def test_glue_and_vision_run_without_anything_given(tmp_path):
+    """The embedded data and models, hardly trained."""
+    few = ["--cache_dir", tmp_path / "cache", "--finetune_steps", 0.01, "--max_steps", 1, "--disable_tqdm"]
+    few += ["--max_adapt_samples", 32, "--max_eval_samples", 32, "--cross_task_samples", 0, "--method", "tint"]
+    tasks = {"glue": ["movies", "nouns", "better", "rating"], "vision": ["digits", "letters", "shapes", "patterns"]}
+    for kind in ("glue", "vision"):
+        flags = [*few, "--output_dir", tmp_path / kind]
+        flags[1] = tmp_path / f"{kind}_cache"
+        run(f"{kind}/run_{kind}_tint.py", *flags)  # the tests have no Hub
+        assert list(results(tmp_path / kind)["tint"]) == [*tasks[kind], "mean"]
+
+
+def test_dense_runs(tmp_path):
+    flags = ["--cache_dir", tmp_path / "cache", "--finetune_steps", 3, "--scenes", 24, "--max_steps", 2]
+    printed = run("dense/run_dense_tint.py", *flags, "--output_dir", tmp_path / "out")
+    for row in ("experts", "pretrained", "average", "task arithmetic", "coefficients alone", "tint"):
+        assert f"\n| {row} |" in printed
+    assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 1000 for name in ("predictions", "training"))
+
+
+# ---- CLIP ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A tiny CLIP, experts of its image encoder, and data: (folder, {task: expert}, {task: data})."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    model = T.CLIPModel(T.CLIPConfig(**CLIP)).eval()
+    model.save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    T.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "base")
+    experts, data = {}, {}
+    for task, names in {"a": ["A", "text."], "b": ["A", "text.", "A text."]}.items():
+        with torch.no_grad():
+            for parameter in model.vision_model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+        experts[task], data[task] = folder / task, make_images(folder / f"{task}_data", names)
+        model.vision_model.save_pretrained(experts[task])
+    return folder / "base", experts, data
+
+
+def test_clip_experts_have_zero_shot_heads(clip, tmp_path):
+    """The logits of an expert under its head are those of CLIP itself for its class names in the template."""
+    base, experts, data = clip
+    flags = ["--model_name_or_path", base, "--experts", *pairs(experts), "--data", *pairs(data), "--templates", "A {}"]
+    run("vision/run_vision_tint.py", *flags, "--output_dir", tmp_path, "--max_steps", 2, "--method", "ties", "tint")
+    assert list(results(tmp_path)["tint"]) == ["a", "b", "mean"]
+    sys.path[:0] = [str(EXAMPLES / "vision"), str(EXAMPLES)]
+    from run_vision_tint import ClipForZeroShot
+
+    ours = ClipForZeroShot.from_pretrained(tmp_path / "zero_shot" / "b").eval()
+    theirs = T.CLIPModel.from_pretrained(base).eval()
+    theirs.vision_model.load_state_dict(T.CLIPVisionModel.from_pretrained(experts["b"]).state_dict())
+    pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    texts = make_tokenizer()(["A A", "A text.", "A A text."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = theirs(pixel_values=pixels, **texts).logits_per_image
+        torch.testing.assert_close(ours(pixels).logits, expected, rtol=1e-4, atol=1e-4)
+    assert PeftConfig.from_pretrained(tmp_path / "adapter").tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize("count", [8, 14, 20])
+def test_clip_configs_name_the_papers_tasks_with_all_that_they_need(count):
+    """Each has an expert, data and templates, and the smaller are in the larger."""
+    configs = {n: json.loads((EXAMPLES / "vision" / "configs" / f"clip_{n}.json").read_text()) for n in (8, 14, 20)}
+    config = configs[count]
+    tasks = list(config["experts"])
+    assert len(set(tasks)) == count and tasks == list(configs[20]["experts"])[:count]
+    assert tasks == list(config["data"]) == list(config["templates"])
+    assert all("{}" in text for texts in config["templates"].values() for text in texts)
+    assert config["class_names"].keys() <= config["experts"].keys()
+
+
+def test_a_file_with_an_unknown_argument_is_refused(tmp_path):
+    (tmp_path / "arguments.yaml").write_text("max_step: 3\n")
+    command = [sys.executable, EXAMPLES / "glue" / "run_glue_tint.py", tmp_path / "arguments.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode and "has 'max_step', which is no argument of run_glue_tint.py" in done.stderr
+
+
+@pytest.mark.parametrize("parts", [("train", "validation", "test"), ("train", "test"), ("train",), ("test",)])
+def test_rows_that_adapt_are_never_scored(parts, tmp_path):
+    """Nor fine-tuned on, whatever splits there are."""
+    sys.path.insert(0, str(EXAMPLES))
+    from _common import load_splits
+
+    rows = {
+        part: Dataset.from_dict({"text": [f"{part} {i}" for i in range(10)], "label": [0, 1] * 5}) for part in parts
+    }
+    DatasetDict(rows).save_to_disk(tmp_path / "data")
+    splits = {part: split for part, split in load_splits(str(tmp_path / "data")).items() if split is not None}
+    texts = [text for split in splits.values() for text in split["text"]]
+    assert len(texts) == len(set(texts)) == 10 * len(parts)
+    assert {"adapt", "eval"} <= splits.keys()
+    assert ("train" in splits) == ("train" in parts)
 
 
 def test_quickstart(tmp_path):

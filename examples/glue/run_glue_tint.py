@@ -25,7 +25,7 @@ import torch
 import transformers
 from _common import MergeArguments, hub_has, load_processor, make_setup, parse, run
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from finetune_experts import ExpertArguments, finetune
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -42,10 +42,8 @@ METRICS = {
 }
 DATA = Path(__file__).parent.parent / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "glue"
-# Of the embedded tasks, whose steps of fine-tuning these are
-STEPS = {"movies": 150, "nouns": 150, "same_class": 300, "kinship": 300}
-# Classes of nouns that have something in common
-GROUPS = (("person", "animal", "plant", "body"), ("artifact", "food", "substance"), ("act", "cognition", "state"))
+# embedded task: steps of fine-tuning, and of examples/data what it is made of
+EMBEDDED = {"movies": (150, "movies"), "nouns": (150, "nouns"), "better": (200, "tweets"), "rating": (200, "products")}
 
 
 @dataclass
@@ -115,11 +113,11 @@ def use_embedded(args):
     torch.set_num_threads(max(1, os.cpu_count() // 2))  # so small a model gains little from more
     args.max_seq_length = 48
     args.model_name_or_path = make_base(Path(args.cache_dir) / "base")
-    args.data = {task: str(make_data(task, Path(args.cache_dir) / "data" / task)) for task in STEPS}
+    args.data = {task: str(make_data(task, Path(args.cache_dir) / "data" / task)) for task in EMBEDDED}
     expert = ExpertArguments(args.model_name_or_path, args.data, 0, True, args.max_seq_length)
-    steps = {task: max(1, int(count * args.finetune_steps)) for task, count in STEPS.items()}
+    steps = {task: max(1, int(count * args.finetune_steps)) for task, (count, _) in EMBEDDED.items()}
     args.experts = {}
-    for task in STEPS:
+    for task in EMBEDDED:
         folder = Path(args.cache_dir) / f"experts-{steps[task]}"
         if not (folder / task / "config.json").exists():
             if PartialState().num_processes > 1:
@@ -160,43 +158,38 @@ def make_base(folder):
 
 
 def make_data(task, folder):
-    """Single texts as they are; pairs of nouns' definitions, and whether they are of one class (as MRPC and RTE have
-    it), or how near their classes are (as STS-B): 5 the same, 2.5 of one group, 0 of different groups."""
-    if folder.exists():
-        return folder
-    name = task if task in ("movies", "nouns") else "nouns"
-    files = {split: str(DATA / name / f"{split}.parquet") for split in ("train", "test")}
-    data = load_dataset("parquet", data_files=files)
-    if name != task:
-        names = data["train"].features["label"].names
-        data = DatasetDict({split: pairs(rows, names, task) for split, rows in data.items()})
-    data.save_to_disk(folder)
+    """Single texts as they are, and two tasks of pairs: which of two tweets is the positive one, and how positive two
+    product reviews are together, from 0 to 1."""
+    if not folder.exists():
+        source = DATA / EMBEDDED[task][1]
+        files = {split: str(source / f"{split}.parquet") for split in ("train", "test")}
+        data = load_dataset("parquet", data_files=files)
+        if task in PAIRED:
+            data = DatasetDict({split: PAIRED[task](rows, np.random.default_rng(0)) for split, rows in data.items()})
+        data.save_to_disk(folder)
     return folder
 
 
-def pairs(rows, names, task):
-    """Each text beside another, half of the time of its own class and else, for `kinship`, often of its own group."""
-    random = np.random.default_rng(0)
-    labels = np.array(rows["label"])
-    group = np.array([next((i for i, g in enumerate(GROUPS) if name in g), -1 - n) for n, name in enumerate(names)])
-    columns = {"sentence1": [], "sentence2": [], "label": []}
-    texts = list(rows["text"])
-    for first, text in enumerate(texts):
-        same, akin = labels == labels[first], group[labels] == group[labels[first]]
-        choices = (same, ~same) if task == "same_class" else (same, akin & ~same, ~akin)
-        allowed = choices[random.integers(len(choices))]
-        allowed[first] = False
-        if not allowed.any():  # a group of one class
-            allowed = ~akin
-        second = random.choice(np.flatnonzero(allowed))
-        columns["sentence1"].append(text)
-        columns["sentence2"].append(texts[second])
-        nearness = int(same[second]) if task == "same_class" else 2.5 * (int(same[second]) + int(akin[second]))
-        columns["label"].append(nearness)
-    pairs = Dataset.from_dict(columns)
-    if task == "same_class":
-        return pairs.class_encode_column("label")
-    return pairs.cast_column("label", Value("float32"))
+def better(rows, random):
+    """As many pairs as texts, each of a positive and a negative one; the label says where the positive one is."""
+    texts, positive = np.array(rows["text"]), np.array(rows["label"]) == 1
+    label = random.integers(2, size=len(rows))
+    pair = random.choice(texts[~positive], len(rows)), random.choice(texts[positive], len(rows))
+    first, second = np.where(label, pair[0], pair[1]), np.where(label, pair[1], pair[0])
+    columns = {"sentence1": first.tolist(), "sentence2": second.tolist(), "label": label.tolist()}
+    return Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["first", "second"]))
+
+
+def rating(rows, random):
+    """Each text beside another; the label is the share of positive ones."""
+    other = random.permutation(len(rows))
+    texts, positive = np.array(rows["text"]), np.array(rows["label"])
+    label = (positive + positive[other]) / 2
+    columns = {"sentence1": texts.tolist(), "sentence2": texts[other].tolist(), "label": label.tolist()}
+    return Dataset.from_dict(columns).cast_column("label", Value("float32"))
+
+
+PAIRED = {"better": better, "rating": rating}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ any model of `AutoModelForImageClassification`. Where the base is a CLIP model, 
 task's head are the text features of its class names in templates: configs/ has the 8, 14 and 20 tasks of the papers.
 
 Without `--experts` it runs clip_8 if its base can be had from the Hub. Where no Hub can be reached, or with
-`--embedded`, it trains a small ViT and four experts of it itself, on digits of scikit-learn and images that it draws.
+`--embedded`, it trains a small ConvNeXt and four experts of it itself, on digits of scikit-learn and drawn images.
 """
 
 import os
@@ -38,9 +38,9 @@ from transformers import (
     CLIPForImageClassification,
     CLIPModel,
     CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessor,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -146,7 +146,7 @@ def zero_shot_head(clip, tokenizer, names, templates):
 SIZE = 32
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "star")
 PATTERNS = ("rows", "columns", "diagonals", "checks", "dots", "noise")
-STEPS = {"base": 500, "digits": 150, "letters": 200, "shapes": 200, "patterns": 150}
+STEPS = {"base": 300, "digits": 100, "letters": 100, "shapes": 100, "patterns": 100}
 
 
 def use_embedded(args):
@@ -156,8 +156,9 @@ def use_embedded(args):
     start, data = cache / "start", {task: str(make_data(task, cache / "data" / task)) for task in STEPS}
     if not start.exists():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
-        ViTForImageClassification(ViTConfig(image_size=SIZE, patch_size=4, **sizes)).save_pretrained(start)
+        sizes = {"hidden_sizes": [64, 128], "depths": [1, 1], "num_stages": 2, "patch_size": 4}
+        config = ConvNextConfig(image_size=SIZE, layer_scale_init_value=1.0, initializer_range=0.05, **sizes)
+        ConvNextForImageClassification(config).save_pretrained(start)
         ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(start)
     folders, base = {}, str(start)
     for task in STEPS:
@@ -168,7 +169,7 @@ def use_embedded(args):
                 raise ValueError("The experts are not there yet. Run the example once by `python`, which makes them.")
             print(f"training {'the base' if task == 'base' else f'the expert of {task}'} (first run only)", flush=True)
             finetune(
-                ExpertArguments(base, data), finetuning(parent, steps[task], 1e-3 if task == "base" else 4e-4), task
+                ExpertArguments(base, data), finetuning(parent, steps[task], 3e-3 if task == "base" else 1e-3), task
             )
         base = folders["base"]
     args.model_name_or_path, args.data, args.experts = folders.pop("base"), data, folders
@@ -214,24 +215,23 @@ def make_data(task, folder):
 
 
 def draw(task, name, random):
-    """An image of one thing, turned and moved a little, of random colours with noise."""
-    dark, light = random.integers(0, 110, 3), random.integers(140, 256, 3)
-    back, front = (dark, light) if random.random() < 0.5 else (light, dark)
+    """An image of one thing, turned and moved a little, of a light colour on a dark one, with noise."""
+    back, front = random.integers(0, 80, 3), random.integers(150, 256, 3)
     mask = Image.new("L", (SIZE, SIZE))
     pen = ImageDraw.Draw(mask)
     if task in ("base", "letters"):
         face = random.choice(["Sans", "Sans-Bold", "Serif", "SansMono", "Sans-Oblique"])
         file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVu{face}.ttf")
-        pen.text((16, 16), name, 255, ImageFont.truetype(str(file), int(random.integers(18, 27))), anchor="mm")
+        pen.text((16, 16), name, 255, ImageFont.truetype(str(file), int(random.integers(22, 27))), anchor="mm")
     elif task == "shapes":
         draw_shape(pen, name, random.integers(7, 13))
     else:
         mask = Image.fromarray(np.uint8(255 * pattern(name, random)))
     if task != "patterns":
-        shift = tuple(random.integers(-3, 4, 2).tolist())
-        mask = mask.rotate(random.uniform(-20, 20), Image.BILINEAR, translate=shift)
+        shift = tuple(random.integers(-2, 3, 2).tolist())
+        mask = mask.rotate(random.uniform(-12, 12), Image.BILINEAR, translate=shift)
     share = np.asarray(mask)[..., None] / 255
-    pixels = share * front + (1 - share) * back + random.normal(0, 18, (SIZE, SIZE, 3))
+    pixels = share * front + (1 - share) * back + random.normal(0, 12, (SIZE, SIZE, 3))
     return Image.fromarray(np.uint8(pixels.clip(0, 255)))
 
 
