@@ -30,6 +30,7 @@ from peft_tint.plots import plot_accuracy, plot_coefficients, plot_cross_task, p
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # libraries, about themselves
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+STRINGS = ("string", "large_string")
 # Merges that are sums want a scale below 1, those that are means or rescale themselves want 1
 SUMS = ("task_arithmetic", "ties", "dare", "dare_ties", "magnitude", "consensus", "tall_masks")
 AGGREGATE = {"ties": {"aggregate": "sum"}, "dare_ties": {"aggregate": "sum"}}
@@ -122,9 +123,10 @@ class Setup(NamedTuple):
     evaluation: dict
 
 
-def parse(*types, description):
+def parse(*types, description, defaults=None):
     """The dataclasses from the flags, before which may come a JSON or YAML file of the same names."""
     parser = HfArgumentParser(types, description=description)
+    parser.set_defaults(**(defaults or {}))
     flags = sys.argv[1:]
     if flags and flags[0].endswith((".json", ".yaml", ".yml")):
         file = Path(flags.pop(0))
@@ -188,7 +190,7 @@ def _with_label(split):
     if not found:
         raise ValueError(f"The data have the columns {split.column_names}, of which none is {LABEL_COLUMNS}.")
     split = split if found[0] == "label" else split.rename_column(found[0], "label")
-    return split.class_encode_column("label") if split.features["label"].dtype == "string" else split
+    return split.class_encode_column("label") if split.features["label"].dtype in STRINGS else split
 
 
 def some(split, count):
@@ -227,7 +229,7 @@ def to_inputs(split, processor, max_seq_length):
             return {"pixel_values": list(pixels)} | ({"label": batch["label"]} if "label" in batch else {})
 
         return split.with_transform(process)
-    texts = [name for name, feature in split.features.items() if feature.dtype == "string"]
+    texts = [name for name, feature in split.features.items() if feature.dtype in STRINGS]
 
     def tokenize(batch):
         return processor(*(batch[name] for name in texts), truncation=True, max_length=max_seq_length)
@@ -348,17 +350,14 @@ def score_data_free(setup, training, method, scale, pretrained):
     for base, experts in groups:
         trainer = make_trainer(setup, training, data=False, base=base, experts=experts, coefficient_init=0.0)
         found |= trainer.evaluate()
-    # the experts' scores are those on the base that they are of: LoRA experts are sums with whatever they are put on
-    names = [name for name in next(iter(setup.metrics)) and found["mean"] if f"expert_{name}" in found["mean"]]
-    results = {}
-    for task, metrics in found.items():
-        if task == "mean":
-            continue
-        results[task] = {name: metrics[name] for name in names if name in metrics}
-        for name in list(results[task]):
-            expert = pretrained[task][f"expert_{name}"]
-            normalized = results[task][name] / expert if expert else float("nan")
-            results[task] |= {f"expert_{name}": expert, f"normalized_{name}": normalized}
+    results = {task: {} for task in setup.experts}
+    for task, metrics in results.items():
+        for name, value in found[task].items():
+            if f"expert_{name}" in found[task]:
+                # on the base that the experts are of: a LoRA expert is a sum with whatever it is put on
+                expert = pretrained[task][f"expert_{name}"]
+                normalized = value / expert if expert else float("nan")
+                metrics |= {name: value, f"expert_{name}": expert, f"normalized_{name}": normalized}
     return {**results, "mean": _mean(results)}
 
 

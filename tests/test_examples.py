@@ -11,6 +11,7 @@ import torch
 import transformers as T
 from datasets import ClassLabel, Dataset, DatasetDict
 from hub_emulator import HubEmulator
+from huggingface_hub import HfApi, constants
 from models import ARCHITECTURES, CLIP, make_experts
 from peft import PeftConfig, PeftModel
 from PIL import Image
@@ -142,11 +143,11 @@ def test_glue_of_two_processes_is_that_of_one(glue, tmp_path):
         4,
         launch=True,
     )
-    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    of_one, of_two = results(tmp_path / "one"), results(tmp_path / "two")
-    for method in ("experts", "tint"):
-        assert of_two[method]["mrpc"] == pytest.approx(of_one[method]["mrpc"])
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert list(one) == list(two) == ["experts", "supervised", "tint"]
+    assert two["experts"] == one["experts"]
+    for task in ("mrpc", "stsb"):  # by a step of Adam, which takes the sign of a gradient of zero for one
+        assert two["tint"][task]["score"] == pytest.approx(one["tint"][task]["score"], abs=0.05)
 
 
 def test_glue_resumes(glue, tmp_path):
@@ -159,14 +160,23 @@ def test_glue_resumes(glue, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_glue_pushes(glue, tmp_path):
+def test_glue_takes_base_and_experts_from_the_hub_and_pushes(glue, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    experts, data, base = glue
     with HubEmulator() as hub:
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        for name, folder in {"base": base, **{task: experts[task] for task in ("sst2", "rte")}}.items():
+            api.create_repo(f"me/{name}")
+            api.upload_folder(repo_id=f"me/{name}", folder_path=folder)
+        flags = ["--model_name_or_path", "me/base", "--experts", "sst2=me/sst2", "rte=me/rte", "--max_steps", 1]
+        flags += ["--data", f"sst2={data['sst2']}", f"rte={data['rte']}", "--cross_task_samples", 0]
+        flags += ["--method", "tint", "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/glue"]
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        flags = glue_flags(glue, tmp_path, "sst2", "rte", save_experts="dts", cross_task_samples=0)
-        flags += ["--method", "tint", "--push_to_hub", "--hub_model_id", "me/glue"]
-        run("glue/run_glue_tint.py", *flags, environment=environment)
+        run("glue/run_glue_tint.py", *flags, environment={**environment, "HF_HUB_CACHE": str(tmp_path / "cache")})
         files = hub.repositories["me/glue"].files()
-        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files.keys()
+    assert b"sst2" in files["README.md"] and str(tmp_path).encode() not in b"".join(files.values())
 
 
 @pytest.mark.parametrize("kind", ["texts", "images"])

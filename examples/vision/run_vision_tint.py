@@ -10,6 +10,7 @@ Without `--experts` it runs clip_8 if its base can be had from the Hub. Where no
 `--embedded`, it trains a small ConvNeXt and four experts of it itself, on digits of scikit-learn and drawn images.
 """
 
+import json
 import os
 import string
 import sys
@@ -48,6 +49,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from peft_tint import TintTrainingArguments
 
 CLIP_8 = Path(__file__).parent / "configs" / "clip_8.json"
+# What few minutes want
+FEW_STEPS = {"max_steps": 100, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "vision"
 
 
@@ -67,10 +70,11 @@ def main():
     args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__)
     if not args.experts:
         if args.embedded or not hub_has("openai/clip-vit-base-patch32"):
+            args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__, defaults=FEW_STEPS)
             use_embedded(args)
         else:
-            sys.argv.insert(1, str(CLIP_8))
-            args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__)
+            defaults = json.loads(CLIP_8.read_text())
+            args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__, defaults=defaults)
     if not args.model_name_or_path:
         raise ValueError("`model_name_or_path` is missing: the base model that the experts were fine-tuned from.")
     for task in set(args.experts) - set(args.data):
