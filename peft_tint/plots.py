@@ -41,20 +41,26 @@ def plot_accuracy(
 
     `metric` names them on the axis, which begins at `lowest`."""
     methods, tasks = list(scores), list(next(iter(scores.values())))
-    figure = Figure(figsize=(max(6, 1.5 + 1.6 * len(tasks)), 4), layout="constrained")
-    axes = figure.subplots()
+    rows = np.array_split(
+        np.arange(len(tasks)), -(-len(tasks) // 7)
+    )  # of 7 tasks at the most, which a page has room for
+    figure = Figure(figsize=(max(6, 1.5 + 1.6 * len(rows[0])), 1 + 3 * len(rows)), layout="constrained")
     width = 0.84 / len(methods)
     colors = colormaps["viridis_r"](np.linspace(0.05, 1, len(methods)))  # light to dark, which a grey print keeps
-    for index, method in enumerate(methods):
-        left = np.arange(len(tasks)) + (index - (len(methods) - 1) / 2) * width
-        axes.bar(left, [scores[method][task] for task in tasks], width * 0.92, label=method, color=colors[index])
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylim(lowest, 1)
-    axes.set_ylabel(metric)
-    axes.grid(axis="y", linewidth=0.5, alpha=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
+    for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
+        for index, method in enumerate(methods):
+            left = np.arange(len(row)) + (index - (len(methods) - 1) / 2) * width
+            values = [scores[method][tasks[i]] for i in row]
+            axes.bar(left, values, width * 0.92, label=method, color=colors[index])
+        axes.set_xticks(range(len(row)), [tasks[i] for i in row])
+        axes.set_xlim(-0.6, len(rows[0]) - 0.4)
+        axes.set_ylim(lowest, 1)
+        axes.set_ylabel(metric)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -82,9 +88,12 @@ def plot_training(log_history: list[dict], tasks: list[str], path: str | os.Path
     }
     if not panels:
         raise ValueError("`log_history` has no measures of these tasks; give that of a trainer after `train()`.")
-    figure = Figure(figsize=(1 + 3.4 * len(panels), 3.6), layout="constrained")
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.6 + 3.7 * columns, 0.6 + 2.5 * rows), layout="constrained")
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(tasks)))
-    for axes, (measure, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for number, (measure, curves) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
         for index, task in enumerate(tasks):
             if task in curves:
                 steps, values = zip(*curves[task], strict=True)
@@ -95,7 +104,7 @@ def plot_training(log_history: list[dict], tasks: list[str], path: str | os.Path
         axes.grid(linewidth=0.5, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 7), frameon=False)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -105,13 +114,17 @@ def _curve(log_history, name):
 
 def _matrix(values, rows, columns, path, title, labels):
     """A heat map with the numbers in it."""
-    side = 1.8 + 0.62 * len(rows)
-    figure = Figure(figsize=(side + 1.6, side), layout="constrained")
+    cell, size = (0.62, 9) if len(rows) <= 8 else (0.42, 7)  # inches and points
+    side = 1.8 + cell * len(rows)
+    figure = Figure(figsize=(side + 0.7, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="viridis", interpolation="nearest")
+    low, high = min(0, values.min()), max(1, values.max())  # the same in pictures that are to be compared
+    image = axes.imshow(values, cmap="viridis", interpolation="nearest", vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(values):
         dark = image.norm(value) < 0.6
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=9)
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black", fontsize=size
+        )
     axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel(labels[0])

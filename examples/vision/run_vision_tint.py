@@ -50,7 +50,7 @@ from peft_tint import TintTrainingArguments
 
 CLIP_8 = Path(__file__).parent / "configs" / "clip_8.json"
 # What few minutes want
-FEW_STEPS = {"max_steps": 100, "learning_rate": 3e-3, "lr_scheduler_type": "linear"}
+FEW_STEPS = {"max_steps": 250, "lr_scheduler_type": "linear"}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "vision"
 
 
