@@ -33,6 +33,8 @@ from peft_tint.plots import plot_coefficients, plot_training
 SIZE = 48
 CLASSES = ("background", "circle", "square", "triangle", "bar")
 OUTPUTS = {"base": 3, "segmentation": len(CLASSES), "depth": 1}
+# What few minutes want
+FEW_STEPS = {"max_steps": 100}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "dense"
 
 
@@ -45,7 +47,7 @@ class DenseArguments:
 
 
 def main():
-    args, training = parse(DenseArguments, TintTrainingArguments, description=__doc__)
+    args, training = parse(DenseArguments, TintTrainingArguments, description=__doc__, defaults=FEW_STEPS)
     torch.set_num_threads(max(1, os.cpu_count() // 2))  # so small a model gains little from more
     output, random = Path(training.output_dir), np.random.default_rng(0)
     parts = {"train": args.scenes, "adapt": args.scenes // 3, "eval": args.scenes // 3}
@@ -240,7 +242,7 @@ def plot_predictions(scenes, predictions, path):
         grid[row, 0].imshow((scene["pixel_values"].transpose(1, 2, 0) + 1) / 2)
         for column, (name, found) in enumerate(columns.items(), 1):
             grid[row, column].imshow(found["segmentation"][row], cmap=classes, vmin=0, vmax=len(CLASSES) - 1)
-            grid[row, column + 4].imshow(found["depth"][row], cmap="gray", vmin=0, vmax=1)
+            grid[row, column + 4].imshow(found["depth"][row], cmap="gray", vmin=0, vmax=1.1)
             grid[0, column].set_title(f"segmentation,\n{name}", fontsize=9)
             grid[0, column + 4].set_title(f"depth,\n{name}", fontsize=9)
     grid[0, 0].set_title("image", fontsize=9)
