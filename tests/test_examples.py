@@ -160,6 +160,8 @@ def test_glue_resumes(glue, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+# the client, about itself
+@pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning")
 def test_glue_takes_base_and_experts_from_the_hub_and_pushes(glue, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
