@@ -229,7 +229,7 @@ def make_images(folder, names):
 
 def test_glue_and_vision_run_without_anything_given(tmp_path):
     """The embedded data and models, hardly trained."""
-    few = ["--cache_dir", tmp_path / "cache", "--finetune_steps", 0.01, "--max_steps", 1, "--disable_tqdm"]
+    few = ["--cache_dir", tmp_path / "cache", "--finetune_steps", 0.03, "--max_steps", 1, "--disable_tqdm"]
     few += ["--max_adapt_samples", 32, "--max_eval_samples", 32, "--cross_task_samples", 0, "--method", "tint"]
     tasks = {"glue": ["movies", "nouns", "better", "rating"], "vision": ["digits", "letters", "shapes", "patterns"]}
     for kind in ("glue", "vision"):
