@@ -57,6 +57,9 @@ class MergeArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The base model of all experts: a Hub id or a folder."}
     )
+    processor_name: str | None = field(
+        default=None, metadata={"help": "Where the tokenizer or image processor is, if not with the base."}
+    )
     experts: list[str] | None = field(
         default=None,
         metadata={"help": "TASK=SOURCE for each task: the Hub id or folder of a checkpoint or of a PEFT adapter."},

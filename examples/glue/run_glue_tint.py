@@ -67,7 +67,7 @@ def main():
     if not args.model_name_or_path:
         raise ValueError("`model_name_or_path` is missing: the base model that the experts were fine-tuned from.")
     args.data = {task: args.data.get(task) or hub_data(task) for task in args.experts}
-    tokenizer = load_processor(args.model_name_or_path, vision=False)
+    tokenizer = load_processor(args.processor_name or args.model_name_or_path, vision=False)
     if tokenizer.pad_token is None:  # GPT-2
         tokenizer.pad_token = tokenizer.eos_token
 

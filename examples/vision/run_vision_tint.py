@@ -79,7 +79,10 @@ def main():
         raise ValueError("`model_name_or_path` is missing: the base model that the experts were fine-tuned from.")
     for task in set(args.experts) - set(args.data):
         raise ValueError(f"The task {task!r} has no data; give `--data {task}=SOURCE`.")
-    processor, model_class = load_processor(args.model_name_or_path, vision=True), AutoModelForImageClassification
+    processor, model_class = (
+        load_processor(args.processor_name or args.model_name_or_path, vision=True),
+        AutoModelForImageClassification,
+    )
     if AutoConfig.from_pretrained(args.model_name_or_path).model_type == "clip":
         model_class = ClipForZeroShot
         with PartialState().main_process_first():
