@@ -305,7 +305,7 @@ def test_frozen_model(model):
     ({"update": "both"}, "`update` is 'both'"),
     ({"bf16": True, "fp16": True}, "choose one"),
     ({"load_best_model_at_end": True}, "needs `eval_steps`"),
-    ({"max_steps": 0}, "`max_steps` is 0"),
+    ({"max_steps": -1}, "`max_steps` is -1"),
 ])  # fmt: skip
 def test_arguments(settings, match):
     with pytest.raises(ValueError, match=match):

@@ -181,8 +181,7 @@ def test_glue_takes_base_and_experts_from_the_hub_and_pushes(glue, tmp_path, mon
     assert b"sst2" in files["README.md"] and str(tmp_path).encode() not in b"".join(files.values())
 
 
-@pytest.mark.parametrize("kind", ["texts", "images"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("kind, rank", [("texts", 4), ("images", 0)])
 def test_experts_are_fine_tuned_and_then_merged(kind, rank, glue, tmp_path):
     """Full ones and LoRA adapters, from a file of data each (csv) and from a folder of images."""
     experts, vision = {}, kind == "images"
