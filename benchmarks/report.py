@@ -14,6 +14,9 @@ matplotlib.use("Agg")
 def report(folder: Path) -> None:
     """Writes table.md and pareto.png to a folder of results, among which are those of "experts"."""
     results = {file.stem: json.loads(file.read_text())["results"] for file in sorted(folder.glob("*.json"))}
+    for name, seeds in list(results.items()):
+        if "before_surgery" in seeds[0]:
+            results[name.removesuffix("_surgery")] = [{**seed, **seed["before_surgery"]} for seed in seeds]
     experts = {seed["seed"]: seed["accuracy"] for seed in results["experts"]}
     rows = {name: summary(seeds, experts) for name, seeds in results.items()}
     rows = dict(sorted(rows.items(), key=lambda item: item[1]["normalised"][0]))

@@ -7,14 +7,15 @@ the arguments of it:
     "model"    {"of": "pretrained" or "experts"}
     "merge"    {"method": a name in MERGING_METHODS, and its arguments}
     "tint"     {"config": fields of TintConfig, "training": fields of TintTrainingArguments, "objective": its name}, and
-               maybe "surgery": {"rank", "steps"}, which corrects the features of what was trained (arXiv:2402.02705)
+               maybe "surgery": {"rank", "steps"}, which corrects the features of what was trained (arXiv:2402.02705);
+               then the result has what was trained as "before_surgery", too
     "dts"      {arguments of `peft_tint.compress`}
 
 The result of CONFIG.json goes to benchmarks/results/SUITE/CONFIG.json. It has for each seed: the accuracies on samples
 that adaptation never saw; the CPU and wall seconds from the experts' folders to the finished model, all that is
 computed of data and experts included, scoring not; the peak memory; and the bytes of what all tasks need. The seed
 decides which half of the test data adapts, and in what order; the experts are the same. Each seed runs in a process of
-its own.
+its own, and is not run again where the result's file has it, of the same config, arguments, versions, and machine.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,16 +61,24 @@ def main():
 
 
 def run(args, path, file):
-    part, seeds = file.with_suffix(".part"), []
+    part = file.with_suffix(".part")
+    about = {"config": json.loads(path.read_text()), **describe(args)}
+    seeds = {}
+    if file.exists():
+        *found, results = json.loads(file.read_text()).items()
+        if dict(found) == about:
+            seeds = {result["seed"]: result for result in results[1]}
     options = [value for value in sys.argv[1:] if not value.endswith(".json")]
     for seed in args.seeds:
+        if seed in seeds:
+            continue
         own = ["--seeds", str(seed), "--seed", str(seed), "--into", str(part)]
         subprocess.run([sys.executable, __file__, str(path), *options, *own], check=True)
-        seeds.append({"seed": seed, **json.loads(part.read_text())})
+        seeds[seed] = {"seed": seed, **json.loads(part.read_text())}
         part.unlink()
-    result = {"config": json.loads(path.read_text()), **describe(args), "results": seeds}
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    means = [f"{seed['accuracy']['mean']:.4f} ({seed['cpu_s']:.0f} CPU s)" for seed in seeds]
+        in_order = [seeds[seed] for seed in sorted(seeds)]
+        file.write_text(json.dumps({**about, "results": in_order}, indent=1) + "\n")
+    means = [f"{seed['accuracy']['mean']:.4f} ({seed['cpu_s']:.0f} CPU s)" for _, seed in sorted(seeds.items())]
     print(f"{path.stem:24} {', '.join(means)}", flush=True)
 
 
@@ -78,21 +88,26 @@ class Experiment:
     def __init__(self, args, config):
         self.args, self.config, self.suite = args, config, SUITES[args.suite]
         self.splits, self.base_folder, self.experts = prepare(args)
-        self.curve, self.not_counted = [], (0.0, 0.0)
+        self.further, self.curve, self.not_counted = {}, [], (0.0, 0.0)
 
     def result(self):
         self.started = time.process_time(), time.perf_counter()
         predict, size = getattr(self, f"_{self.config['kind']}")()
+        return {**self.measured(predict, size), **self.further, **({"curve": self.curve} if self.curve else {})}
+
+    def measured(self, predict, size):
         seconds = self.seconds()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {
-            "accuracy": self.score(predict),
-            "cpu_s": seconds[0],
-            "wall_s": seconds[1],
-            "peak_mb": peak,
-            "bytes": size,
-            **({"curve": self.curve} if self.curve else {}),
-        }
+        with self.beside_the_clock():
+            accuracy = self.score(predict)
+        return {"accuracy": accuracy, "cpu_s": seconds[0], "wall_s": seconds[1], "peak_mb": peak, "bytes": size}
+
+    @contextmanager
+    def beside_the_clock(self):
+        before = time.process_time(), time.perf_counter()
+        yield
+        after = time.process_time(), time.perf_counter()
+        self.not_counted = [n + a - b for n, a, b in zip(self.not_counted, after, before, strict=True)]
 
     def load_experts(self):
         return {task: self.load(folder) for task, folder in self.experts.items()}
@@ -175,6 +190,7 @@ class Experiment:
         heads = sum(map(bytes_of, model.head_layers))
         backbone = bytes_of(self.load(self.base_folder)) - bytes_of(self.load(self.base_folder).classifier)
         if "surgery" in config:
+            self.further["before_surgery"] = self.measured(predict, backbone + heads)
             return self.surgery(model, trainer, adaptation, **config["surgery"]), backbone + heads
         return predict, backbone + heads
 
@@ -226,10 +242,8 @@ class Timed(TintTrainer):
     def _evaluate_state(self):
         experiment = self.experiment
         step, seconds = self._progress.step, experiment.seconds()
-        before = time.process_time(), time.perf_counter()
-        experiment.curve.append([step, seconds[0], experiment.score(self.predict)["mean"]])
-        after = time.process_time(), time.perf_counter()
-        experiment.not_counted = [n + a - b for n, a, b in zip(experiment.not_counted, after, before, strict=True)]
+        with experiment.beside_the_clock():
+            experiment.curve.append([step, seconds[0], experiment.score(self.predict)["mean"]])
 
 
 def without_kind(config):

@@ -73,7 +73,11 @@ SUITES = {
         {},
         image_transform,
         True,
-        {"tasks": ["mnist", "fashion", "cifar10", "street"], "finetune_steps": 320, "experts": "experts_vision"},
+        {
+            "tasks": ["mnist", "fashion", "cifar10", "street", "kana", "emoji"],
+            "finetune_steps": 320,
+            "experts": "experts_vision",
+        },
         {"learning_rate": 2e-5, "lr_scheduler_type": "constant"},
     ),
     "text": Suite(
@@ -97,7 +101,7 @@ def add_suite_arguments(parser):
     parser.set_defaults(suite="vision")
     parser.add_argument("--model")
     parser.add_argument("--data")
-    parser.add_argument("--tasks", nargs="+", help="by default four of images, or six of texts")
+    parser.add_argument("--tasks", nargs="+", help="by default all six")
     parser.add_argument("--layers", type=int, default=6, help="number of the model's first blocks to use")
     parser.add_argument("--image_size", type=int, default=56)
     parser.add_argument("--finetune_steps", type=int, help="by default what takes about 90 s of one core, or 150 s")

@@ -61,15 +61,19 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         """The merged value of each parameter that the given adapters (default: the active ones) change."""
         if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
             return self._in_forward
+        merged = self._merge_own(adapter_names, low_rank)
+        for name, (owner, name_there) in self.tied.items():
+            values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
+            if name_there in values:
+                merged[name] = values[name_there]
+        return merged
+
+    def _merge_own(self, adapter_names, low_rank):
         merged = {}
         for name, coefficients, vectors in self._terms(adapter_names):
             # not get_parameter(): FSDP puts plain tensors in the parameters' place
             weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
             merged[name] = vectors.merge(weight, coefficients, low_rank)
-        for name, (owner, name_there) in self.tied.items():
-            values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
-            if name_there in values:
-                merged[name] = values[name_there]
         return merged
 
     def forward(self, *args, **kwargs):

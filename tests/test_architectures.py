@@ -1,6 +1,7 @@
 """What merging promises, for every architecture."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -69,6 +70,42 @@ def test_expert_context_is_the_expert(architecture, task):
         inside = output(model, architecture.inputs)
     torch.testing.assert_close(inside, output(experts[task], architecture.inputs), rtol=1e-5, atol=1e-5)
     assert torch.equal(output(model, architecture.inputs), before)
+
+
+def test_reused_merged_weights(architecture):
+    """Outputs are equal, gradients of two forwards are their sum; an expert and other coefficients are not mistaken for
+    what was merged before. In float64 since T5 amplifies rounding."""
+    model, inputs = build(architecture)[0].double(), double(architecture.inputs)
+    coefficients = [p for name, p in model.named_parameters() if "tint_coefficients" in name]
+    outputs, gradients = [], []
+
+    def forwards():
+        for task in TASKS[:2]:
+            model.set_task(task)
+            outputs.append(output(model, inputs))
+            outputs[-1].square().mean().backward()
+
+    for context in (nullcontext(), model.reuse_merged_weights()):
+        with context:
+            forwards()
+            with torch.no_grad():
+                with model.expert("z"):
+                    outputs.append(output(model, inputs))
+                before = [values.data for values in coefficients]
+                for values in coefficients:
+                    values.data = values.data + 0.1
+                outputs.append(output(model, inputs))
+                for values, data in zip(coefficients, before, strict=True):
+                    values.data = data
+        gradients.append([values.grad for values in coefficients])
+        model.zero_grad()
+    for plain, reused in zip(outputs[:4], outputs[4:], strict=True):
+        assert torch.equal(plain, reused)
+    assert not torch.equal(outputs[1], outputs[3])
+    for plain, reused in zip(*gradients, strict=True):
+        if plain is not None or reused is not None:  # of what the output depends on
+            torch.testing.assert_close(reused, plain, rtol=1e-9, atol=1e-12)
+    assert any(gradient is not None and gradient.any() for gradient in gradients[1])
 
 
 @torch.no_grad()

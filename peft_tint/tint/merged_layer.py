@@ -23,6 +23,7 @@ class MergedLayer(WrappedLayer):
         self.units = {}  # adapter -> the names of the rows of its coefficients
         self.shares_with = {}  # adapter -> the layer whose coefficients are ours too
         self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
+        self.kept = None  # what was merged before, see `TintModel.reuse_merged_weights`
 
     def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
         self.units[adapter_name] = units
@@ -54,11 +55,39 @@ class MergedLayer(WrappedLayer):
                     row = torch.zeros_like(row).index_fill(0, torch.tensor(self.expert[1], device=row.device), 1.0)
                 yield key.replace("/", "."), row, vectors
 
+    def _merge_own(self, adapter_names, low_rank):
+        if self.kept is None or self.expert is not None:
+            return super()._merge_own(adapter_names, low_rank)
+        adapters = tuple(self.active_adapters if adapter_names is None else adapter_names)
+        coefficients = [self.tint_coefficients[adapter] for adapter in adapters if adapter in self.tint_coefficients]
+        versions = [(values.data_ptr(), values._version) for values in coefficients]
+        key = (adapters, low_rank, torch.is_grad_enabled(), *versions)
+        if key not in self.kept:
+            merged = super()._merge_own(adapter_names, low_rank)
+            self.kept[key] = merged, {name: _leaf(weight) for name, weight in merged.items()}
+        merged, leaves = self.kept[key]
+        return {name: leaf.to(merged[name].dtype) for name, leaf in leaves.items()}
+
+    def backward_kept(self):
+        """Hands the gradients of the weights that were kept on to the coefficients, summed over their forwards."""
+        for merged, leaves in self.kept.values():
+            taken = [(merged[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+            gradients = [gradient.to(weight.dtype) for weight, gradient in taken]
+            torch.autograd.backward([weight for weight, _ in taken], gradients)
+        self.kept = {}
+
     def _has_terms(self, adapter_name):
         return adapter_name in self.tint_coefficients
 
     def _changes(self, name):
         return any(name in vectors for vectors in self.tint_task_vectors.values())
+
+
+def _leaf(weight):
+    """The weight without its graph; in float32 at least where it takes gradients, which it sums up."""
+    if not weight.requires_grad:
+        return weight
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
 
 
 class RootMergedLayer(RootLayer, MergedLayer):

@@ -262,6 +262,24 @@ class TintModel(WrappingTuner):
             self._in_expert = False
             self.set_task(before)
 
+    @contextmanager
+    def reuse_merged_weights(self):
+        """Within this context a weight is merged once for all forwards between which its coefficients stay as they are.
+
+        It takes one more copy of the weights, and one of their gradients where gradients are taken. Those of the
+        coefficients come when the context is left, so call the optimizer after it.
+        """
+        layers = [layer for layer in self._merged_layers() if layer.kept is None]  # not those of such a context around
+        for layer in layers:
+            layer.kept = {}
+        try:
+            yield
+            for layer in layers:
+                layer.backward_kept()
+        finally:
+            for layer in layers:
+                layer.kept = None
+
     def expert_fingerprint(self, task: str) -> str:
         """A hash of all that decides what the expert of `task` computes: its weights, class and config."""
         with self.expert(task):  # for the labels in the config

@@ -224,8 +224,9 @@ class TintTrainer:
             progress.step, last = step, step == args.max_steps
             tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
             for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
-                for task in group:
-                    for _ in range(args.gradient_accumulation_steps):
+                passes = [task for task in group for _ in range(args.gradient_accumulation_steps)]
+                with self.model.reuse_merged_weights() if len(passes) > 1 else nullcontext():
+                    for task in passes:
                         self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
                 self._update()
             scheduler.step()
@@ -587,8 +588,9 @@ class TintTrainer:
             raise ValueError("`eval_dataset` is missing; give {task: Dataset}.")
         before, results = self.model.task, {}
         self.model.eval()
-        for task, dataset in self._bar(datasets.items(), "evaluating", leave=False):
-            results[task] = self._metrics(task, *self._predict(task, dataset))
+        with self.model.reuse_merged_weights():
+            for task, dataset in self._bar(datasets.items(), "evaluating", leave=False):
+                results[task] = self._metrics(task, *self._predict(task, dataset))
         self.model.set_task(before)
         names = dict.fromkeys(name for metrics in results.values() for name in metrics)
         return {**results, "mean": {n: float(np.mean([m[n] for m in results.values() if n in m])) for n in names}}
