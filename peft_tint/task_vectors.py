@@ -170,13 +170,12 @@ class _MergeWeight(torch.autograd.Function):
         ctx.coefficients_dtype, ctx.sharded = coefficients.dtype, sharded
         dtype = _wide(weight)
         with torch.autocast(weight.device.type, enabled=False):
-            stack, coefficients = _rows(task_vectors).to(dtype), coefficients.to(dtype)  # (tasks, entries), (tasks,)
+            stack, coefficients = _rows(task_vectors), coefficients.to(dtype)  # (tasks, entries), (tasks,)
             if sharded:
-                merged = weight.to(dtype) + unshard(torch.mv(stack.t(), coefficients), weight.shape)
-            elif weight.is_cuda:  # where a matrix product might be in TF32, which would round the task vectors
-                merged = torch.addmv(weight.to(dtype).flatten(), stack.t(), coefficients)
-            else:  # where this reads the stack faster
-                merged = torch.addmm(weight.to(dtype).reshape(1, -1), coefficients[None], stack)
+                own = _add_weighted(coefficients.new_zeros(stack.shape[1]), coefficients, stack)
+                merged = weight.to(dtype) + unshard(own, weight.shape)
+            else:
+                merged = _add_weighted(weight.to(dtype).flatten(), coefficients, stack)
         return merged.view(weight.shape).to(weight.dtype)
 
     @staticmethod
@@ -192,9 +191,32 @@ class _MergeWeight(torch.autograd.Function):
                     parts = list(_in_parts(wanted))
                     wanted = torch.empty_like(parts[0])
                     dist.reduce_scatter(wanted, parts)
-                grad_coefficients = torch.mv(_rows(task_vectors).to(dtype), wanted)
+                grad_coefficients = _inner_products(_rows(task_vectors), wanted)
             grad_coefficients = grad_coefficients.to(ctx.coefficients_dtype)
         return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None, None
+
+
+def _add_weighted(start, coefficients, stack):
+    """start + sum_k coefficients_k stack_k, of shape (entries,), in the dtype of `start` and `coefficients`."""
+    if stack.dtype != start.dtype:
+        sums = [_add_weighted(start[piece], coefficients, stack[:, piece].to(start.dtype)) for piece in _pieces(stack)]
+        return torch.cat(sums)
+    if start.is_cuda:  # where a matrix product might be in TF32, which would round the task vectors
+        return torch.addmv(start, stack.t(), coefficients)
+    return torch.addmm(start[None], coefficients[None], stack).view(-1)  # which reads the stack faster here
+
+
+def _inner_products(stack, vector):
+    """<stack_k, vector> of each k, in the dtype of `vector`."""
+    if stack.dtype != vector.dtype:
+        return sum(_inner_products(stack[:, piece].to(vector.dtype), vector[piece]) for piece in _pieces(stack))
+    return torch.mv(stack, vector)
+
+
+def _pieces(stack):
+    """Slices of the entries of a stack to be widened one at a time, small enough for a CPU's cache."""
+    size = 2**24 if stack.is_cuda else 2**16
+    return (slice(i, i + size) for i in range(0, stack.shape[1], size))
 
 
 def _rows(stack):

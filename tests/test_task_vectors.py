@@ -6,15 +6,16 @@ from peft_tint.task_vectors import compute_task_vector, merge_weight
 
 def naive(weight, coefficients, task_vectors):
     for coefficient, task_vector in zip(coefficients, task_vectors, strict=True):
-        weight = weight + coefficient * task_vector
+        weight = weight + coefficient * task_vector.to(weight.dtype)
     return weight
 
 
-@pytest.mark.parametrize("shape", [(5,), (4, 7), (3, 2, 3, 3), (300, 200)])
+@pytest.mark.parametrize("shape", [(5,), (4, 7), (3, 2, 3, 3), (300, 500)])
 @pytest.mark.parametrize("tasks", [1, 3, 16])
-def test_merge_weight_and_its_gradient_equal_plain_autograd(shape, tasks):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_weight_and_its_gradient_equal_plain_autograd(shape, tasks, dtype):
     weight = torch.randn(shape, requires_grad=True)
-    stack = 0.05 * torch.randn(tasks, *shape)
+    stack = (0.05 * torch.randn(tasks, *shape)).to(dtype)
     coefficients = torch.rand(tasks, requires_grad=True)
     upstream = torch.randn(shape)
     merged, expected = (f(weight, coefficients, stack) for f in (merge_weight, naive))

@@ -373,6 +373,28 @@ def test_half_precision_base_keeps_its_dtype(bert):
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("settings", [{}, {"transform": "ties"}])
+def test_task_vectors_in_bfloat16_take_half_of_the_memory(bert, tmp_path, settings):
+    """They are those of float32, rounded once; so are they when the adapter is loaded."""
+    full, half = (
+        get_peft_model(load(bert[0]), TintConfig(experts=bert[1], task_vectors_dtype=dtype, **settings)).eval()
+        for dtype in (None, "bfloat16")
+    )
+    half.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(bert[0]), tmp_path).eval()
+    if settings:  # made of the rounded ones, which ties may trim otherwise
+        full = half
+    for model in (half, loaded):
+        stacks = [dict(m.named_buffers()) for m in (full, model)]
+        names = [name for name in stacks[1] if name.endswith(".dense")]
+        assert names and all(stacks[1][name].dtype == torch.bfloat16 for name in names)
+        assert all(torch.equal(stacks[0][name].bfloat16(), stacks[1][name]) for name in names)
+        with torch.no_grad():
+            torch.testing.assert_close(logits(model, "b"), logits(full, "b"), rtol=0, atol=2e-3)
+    with pytest.raises(ValueError, match="`task_vectors_dtype` is 'float16'; it must be one of None, 'bfloat16'"):
+        TintConfig(experts=bert[1], task_vectors_dtype="float16")
+
+
 def test_registration_is_idempotent_and_complete():
     import importlib
 

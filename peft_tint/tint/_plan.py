@@ -126,7 +126,7 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
         if config.is_packed:
             _unpack_experts(plan, base, config, dense, low_rank)
         else:
-            _load_experts(plan, base, sources, dense, low_rank, config.is_sharded)
+            _load_experts(plan, base, sources, dense, low_rank, config)
         for name, (module, leaf) in owned.items():
             plan.task_vectors.setdefault(module, {})
             # A tensor that no expert changed stays the base's: a frozen embedding costs neither memory nor time
@@ -157,9 +157,9 @@ def _transform(plan, base, task_vectors, config):
     parts = transform_task_vectors(task_vectors, config.transform, **config.transform_kwargs)
     for name, (module, leaf) in base.owned.items():
         if own := plan.task_vectors.get(module, {}).get(leaf):
-            keep = shard if config.is_sharded else torch.Tensor.contiguous
             dense = {
-                index: keep(parts[task][name].to(base.tensors[name].dtype)) for index, task in enumerate(task_vectors)
+                index: _to_keep(config, parts[task][name], base.tensors[name])
+                for index, task in enumerate(task_vectors)
             }
             plan.task_vectors[module][leaf] = TaskVectors(dense, {}, own, own.shape)
 
@@ -175,16 +175,16 @@ def _start(plan, base, task_vectors, config):
     return starting_coefficients(task_vectors, units, method, bounds, **config.coefficient_init_kwargs)
 
 
-def _load_experts(plan, base, sources, dense, low_rank, sharded):
+def _load_experts(plan, base, sources, dense, low_rank, config):
     vocabulary = find_vocabulary(base.model, base.tensors)
     for index, (task, source) in enumerate(sources.items()):
         expert = match_vocabulary(load_expert(task, source, base.model), base.tensors, vocabulary, common=False)
-        config = getattr(base.model, "config", None)
-        check_expert(expert, base.tensors, base.per_task, base.buffers - base.per_task, config)
-        _add_expert(plan, base, expert, index, dense, low_rank, sharded)
+        of_model = getattr(base.model, "config", None)
+        check_expert(expert, base.tensors, base.per_task, base.buffers - base.per_task, of_model)
+        _add_expert(plan, base, expert, index, dense, low_rank, config)
 
 
-def _add_expert(plan, base, expert, index, dense, low_rank, sharded):
+def _add_expert(plan, base, expert, index, dense, low_rank, config):
     """Accounts for each tensor of an expert: it is merged, the task's own, or kept as it is for `TintModel.expert`."""
     of_expert = expert.by_tensor(base.tensors)
     for name, factors in expert.low_rank.items():
@@ -196,9 +196,9 @@ def _add_expert(plan, base, expert, index, dense, low_rank, sharded):
             tensor += factors.dense().view(tensor.shape).to(tensor)
     for name in base.owned:
         weight = base.tensors[name].detach()
-        change = compute_task_vector(of_expert[id(base.tensors[name])].to(weight.device), weight).to(weight.dtype)
+        change = compute_task_vector(of_expert[id(base.tensors[name])].to(weight.device), weight)
         if change.any():
-            dense[name][index] = shard(change) if sharded else change
+            dense[name][index] = _to_keep(config, change, weight)
     for name, copies in plan.expert_modules.items():
         copies[expert.task] = expert_module(expert, name, base.modules[name], base.tensors, of_expert)
     heads = [copies[expert.task] for copies in plan.expert_modules.values()]
@@ -210,6 +210,13 @@ def _add_expert(plan, base, expert, index, dense, low_rank, sharded):
         if id(tensor) not in merged and name not in base.per_task | base.buffers
         if not torch.equal(of_expert[id(tensor)].to(tensor), tensor)
     }
+
+
+def _to_keep(config, task_vector, weight):
+    """A task vector as it is kept in memory."""
+    dtype = torch.bfloat16 if config.task_vectors_dtype == "bfloat16" else weight.dtype
+    task_vector = task_vector.to(dtype).contiguous()
+    return shard(task_vector) if config.is_sharded else task_vector
 
 
 def _changeable(base):
@@ -260,7 +267,7 @@ def _unpack_experts(plan, base, config, dense, low_rank):
             elif isinstance(change, LowRank):
                 low_rank[name][index] = change
             else:
-                dense[name][index] = shard(change) if config.is_sharded else change
+                dense[name][index] = _to_keep(config, change, weight)
         for name, tensor in whole.items():
             check_whole(owner, name, tensor, base.tensors[name])
         of_expert = {id(base.tensors[name]): tensor for name, tensor in whole.items()}

@@ -103,6 +103,10 @@ class TintConfig(SavedConfig):
             For each task the sha256 of its expert's safetensors file (of shards one after another, in the order of
             their names). Filled in when the experts are loaded, as is the commit of those on the Hub. Experts with
             others are refused; `None` takes them as they are.
+        task_vectors_dtype (`str`, *optional*):
+            `"bfloat16"` keeps the full task vectors of float32 experts in half of the memory, rounded to three digits
+            (LoRA experts stay as they are). They are added up in float32 all the same. The experts, and their
+            pseudo-labels, then are of the rounded ones, too. `None` (default) keeps them in the weights' dtype.
         shard_task_vectors (`bool`, *optional*):
             Under several processes of `torch.distributed`, each keeps its part of the full task vectors (LoRA experts
             stay whole). All processes must then make the model, run it, and merge it at once, as [`TintTrainer`] does.
@@ -179,6 +183,10 @@ class TintConfig(SavedConfig):
     unchanged: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "Tensors that each expert has not changed; filled in with save_experts='dts'."}
     )
+    task_vectors_dtype: Literal["bfloat16"] | None = field(
+        default=None,
+        metadata={"help": "bfloat16: full task vectors in half of the memory; None: in the weights' dtype."},
+    )
     shard_task_vectors: bool = field(
         default=False,
         metadata={"help": "Under several processes, each keeps its part of the task vectors; never saved as True."},
@@ -215,6 +223,7 @@ class TintConfig(SavedConfig):
         elif self.transform_kwargs:
             raise ValueError(f"`transform_kwargs` is {self.transform_kwargs!r}; name the `transform` that takes them.")
         _check_choice("tint_layer_init", self.tint_layer_init, ("expert", "merged", "base"))
+        _check_choice("task_vectors_dtype", self.task_vectors_dtype, (None, "bfloat16"))
         _check_choice("granularity", self.granularity, ("tensor", "module", "block", "model"))
 
     def _check_experts(self):

@@ -12,6 +12,7 @@ DECISIVE = (
 # What of the model's config does not show in the names and shapes of its parameters
 DECISIVE_OF_MODEL = (
     *("experts_sha256", "save_experts", "save_experts_kwargs", "transform", "transform_kwargs", "coefficient_bounds"),
+    "task_vectors_dtype",
 )
 
 
