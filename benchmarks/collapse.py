@@ -1,8 +1,8 @@
 """python benchmarks/collapse.py --model MODEL --data FOLDER [--output benchmarks/results/collapse.json]
 
-Entropy minimisation on the experts of `vision_tint.py` (same arguments, same halves to adapt and to evaluate), from
-task arithmetic at 0.3, without and with `collapse_guard`: accuracy before and after, the log, and the CPU time of a
-step. `confident_pseudo_label` with the guard shows that it leaves a training alone which goes well.
+Entropy minimisation on the vision suite of `suites.py`, from task arithmetic at 0.3, without and with `collapse_guard`:
+accuracy before and after, the log, and the CPU time of a step. `confident_pseudo_label` with the guard shows that it
+leaves a training alone which goes well.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 
 GUARD = 0.1
 TRAININGS = {
-    "entropy, heads and coefficients": ({}, "entropy", {}),
+    "entropy, heads and coefficients": ({}, "entropy", {"learning_rate": 1e-2}),
     "entropy, coefficients, learning rate 0.1": ({"tint_layer": []}, "entropy", {"learning_rate": 0.1}),
-    "confident pseudo-labels, heads and coefficients": ({}, "confident_pseudo_label", {}),
+    "confident pseudo-labels, heads and coefficients": ({}, "confident_pseudo_label", {"learning_rate": 1e-2}),
 }
 
 
@@ -39,7 +39,14 @@ def main():
             model = AutoModelForImageClassification.from_pretrained(base_folder)
             model = get_peft_model(model, TintConfig(experts=experts, **config))
             arguments = TintTrainingArguments(
-                max_steps=args.steps, seed=args.seed, bf16=True, collapse_guard=guard, disable_tqdm=True, **settings
+                max_steps=args.steps,
+                head_steps=0,
+                lr_scheduler_type="constant",
+                seed=args.seed,
+                bf16=True,
+                collapse_guard=guard,
+                disable_tqdm=True,
+                **settings,
             )
             trainer = TintTrainer(model, arguments, adaptation, evaluation, objective, data_collator=collate)
             if guard is None:

@@ -1,8 +1,8 @@
 """python benchmarks/save_experts.py --model MODEL --data FOLDER [--output benchmarks/results/save_experts.json]
 
-What `save_experts="dts"` loses, on the experts and images of `vision_tint.py` (same arguments): accuracy of a Tint
-trained with the exact experts, saved and loaded again, of one trained from the loaded experts alone, and of the experts
-of each; and the adapters' bytes.
+What `save_experts="dts"` loses, on the vision suite of `suites.py`: accuracy of a Tint trained with the exact experts,
+saved and loaded again, of one trained from the loaded experts alone, and of the experts of each; and the adapters'
+bytes.
 """
 
 import argparse
@@ -35,7 +35,8 @@ def main():
 
     def run(name, model, steps=0):
         """Trains for the steps, and notes the accuracies of the model and of its experts, and the CPU time."""
-        arguments = TintTrainingArguments(output_dir=args.experts, bf16=True, seed=args.seed, max_steps=steps or 1)
+        recipe = {"head_steps": 0, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+        arguments = TintTrainingArguments(args.experts, steps or 1, bf16=True, seed=args.seed, **recipe)
         trainer = TintTrainer(model, arguments, adaptation, evaluation, "pseudo_label", data_collator=collate)
         started = time.process_time()
         if steps:

@@ -112,6 +112,8 @@ def train(args):
         "max_steps": 3,
         "per_device_train_batch_size": 4,
         "head_steps": 0,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
         "adam_epsilon": 1e-4,
         "disable_tqdm": True,
     }

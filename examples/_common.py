@@ -34,7 +34,7 @@ STRINGS = ("string", "large_string")
 # Merges that are sums want a scale below 1, those that are means or rescale themselves want 1
 SUMS = ("task_arithmetic", "ties", "dare", "dare_ties", "magnitude", "consensus", "tall_masks")
 AGGREGATE = {"ties": {"aggregate": "sum"}, "dare_ties": {"aggregate": "sum"}}
-ADAMERGING = {"update": "joint", "per_device_train_batch_size": 16}
+ADAMERGING = {"update": "joint", "per_device_train_batch_size": 16, "lr_scheduler_type": "constant"}
 # method: (fields of the TintConfig, objective, training arguments) beside those of the command line
 TRAINED = {
     "adamerging": ({"tint_layer": []}, "entropy", ADAMERGING),
@@ -84,7 +84,15 @@ class MergeArguments:
     coefficient_init: float = field(
         default=0.3, metadata={"help": "Where coefficients start, and the scale of the merges that are sums."}
     )
-    objective: str = field(default="confident_pseudo_label", metadata={"help": "Tint's objective."})
+    transform: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the task vectors become before Tint merges them: 'tsv', whose coefficients start at 1, or "
+            "another transform of TintConfig."
+        },
+    )
+    objective: str = field(default="soft_pseudo_label", metadata={"help": "Tint's objective."})
+    adamerging_steps: int = field(default=500, metadata={"help": "Steps of AdaMerging."})
     save_experts: str = field(
         default="reference", metadata={"help": "'dts' puts the experts, compressed, into the saved adapter."}
     )
@@ -312,14 +320,17 @@ def run(args, training, setup, metric="accuracy"):
         elif method not in ("pretrained", "tint"):
             config, objective, more = TRAINED[method]
             config = {"coefficient_init": args.coefficient_init, "granularity": args.granularity, **config}
-            trainer = make_trainer(setup, replace(quiet, **more), objective, **config)
+            quiet_too = replace(quiet, max_steps=args.adamerging_steps, **more)
+            trainer = make_trainer(setup, quiet_too, objective, **config)
             trainer.train()
             scores[method] = trainer.evaluate()
     crossed = {"before": cross_task(reference, setup, args.cross_task_samples)}
     trainer = None
     if "tint" in args.method:
-        names = ("tint_layer", "granularity", "coefficient_init", "save_experts")
-        trainer = make_trainer(setup, training, args.objective, **{name: getattr(args, name) for name in names})
+        names = ("tint_layer", "granularity", "transform", "save_experts")
+        config = {name: getattr(args, name) for name in names}
+        config["coefficient_init"] = 1.0 if args.transform == "tsv" else args.coefficient_init
+        trainer = make_trainer(setup, training, args.objective, **config)
         resume = args.resume_from_checkpoint
         trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
         scores["tint"] = trainer.evaluate()

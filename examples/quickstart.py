@@ -76,10 +76,8 @@ def main():
     make = partial(make_trainer, base, experts, tokenizer, adaptation, evaluation, str(output), args.max_steps)
     with ProcessPoolExecutor(1, SPAWN) as other:
         others = other.submit(score_others, make)
-        # BERT's pooler is the first half of its classification head. So few steps want a smaller learning rate than
-        # usual, and an end at zero
-        few_steps = {"learning_rate": 3e-3, "lr_scheduler_type": "linear"}
-        trainer = make("confident_pseudo_label", ["pooler", "classifier"], **few_steps)
+        # BERT's pooler is the first half of its classification head, and trains as a head does
+        trainer = make("soft_pseudo_label", ["pooler", "classifier"], learning_rate=3e-3)
         trainer.train()
         model, tint = trainer.model, trainer.evaluate()
         scores = {**others.result(), "Tint": tint}
@@ -239,8 +237,8 @@ def score_others(make):
     """In a process beside: the scores of the ways to merge that Tint is compared with."""
     set_up()
     datasets.disable_progress_bars()
-    arguments = {"update": "joint", "per_device_train_batch_size": 16, "disable_tqdm": True}
-    trainer = make("entropy", [], **arguments)
+    arguments = {"update": "joint", "per_device_train_batch_size": 16, "lr_scheduler_type": "constant"}
+    trainer = make("entropy", [], disable_tqdm=True, **arguments)
     scores = {}
     for method, coefficient in {"pretrained": 0.0, "average": 1 / len(TASKS), "task arithmetic 0.3": 0.3}.items():
         trainer.model.set_coefficients(coefficient)

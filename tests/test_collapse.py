@@ -59,6 +59,7 @@ def make_trainer(networks, tmp_path, objective="entropy", **settings):
     base, experts = networks
     model = peft_tint.from_experts(copy.deepcopy(base), experts, coefficient_init=0.5, tint_layer="fc")
     defaults = {"max_steps": 40, "per_device_train_batch_size": 16, "logging_steps": 5, "disable_tqdm": True}
+    defaults |= {"head_steps": 0, "lr_scheduler_type": "constant"}
     arguments = TintTrainingArguments(output_dir=str(tmp_path), **{**defaults, **settings})
     return TintTrainer(model, arguments, make_data(1), make_data(2), objective)
 

@@ -225,7 +225,7 @@ def test_the_trainer_pushes_what_it_trained(hub, tmp_path):
     files = hub.repositories["me/trained"].files()
     assert "tokenizer.json" in files and hub.repositories["me/trained"].private
     card = ModelCard(files["README.md"].decode())
-    assert "- objective: confident_pseudo_label\n- steps: 2\n" in card.text and "- seed: 7\n" in card.text
+    assert "- objective: soft_pseudo_label\n- steps: 2\n" in card.text and "- seed: 7\n" in card.text
     assert card.data.datasets == ["me/texts"]
     found = {(r.task_name, r.dataset_type, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found["a", "me/texts", "agreement"] == results["a"]["agreement"]

@@ -100,6 +100,7 @@ def make_trainer(bert, folder, stop_at=None, data=None, objective="confident_pse
     model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], coefficient_init=0.1))
     data = data or make_data(bert[1])
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 4, "logging_steps": 3, "save_steps": 2}
+    defaults |= {"head_steps": 0, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     arguments = TintTrainingArguments(output_dir=str(folder), disable_tqdm=True, **{**defaults, **settings})
     trainer = Stopping(model, arguments, data, data, objective)
     trainer.stop_at = stop_at

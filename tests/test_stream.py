@@ -28,6 +28,7 @@ def make_trainer(objective="confident_pseudo_label", data=None, callbacks=(), **
     base = Network()
     experts = make_experts(base, ["a", "b"], scale=0.5)
     model = peft_tint.from_experts(base, experts, tint_layer="fc", coefficient_bounds=[0.2, 0.4])
+    settings = {"head_steps": 0, "lr_scheduler_type": "constant", **settings}
     arguments = TintTrainingArguments(disable_tqdm=True, **settings)
     return TintTrainer(model, arguments, data, objective=objective, callbacks=callbacks)
 
@@ -107,8 +108,10 @@ def test_a_stream_that_has_collapsed_is_only_predicted():
 
 
 def test_a_stream_has_no_last_step():
-    with pytest.raises(ValueError, match="`lr_scheduler_type` is 'linear'; a stream takes 'constant'"):
-        make_trainer(lr_scheduler_type="linear").step("a", {"x": torch.randn(2, 4)})
+    trainer = make_trainer(lr_scheduler_type="linear", max_steps=1)
+    for _ in range(3):
+        trainer.step("a", {"x": torch.randn(2, 4)})
+        assert trainer._optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_memory_does_not_grow_in_10_000_batches():

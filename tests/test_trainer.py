@@ -49,7 +49,9 @@ def data(bert):
 
 
 def arguments(tmp_path, **settings):
-    defaults = {"max_steps": 10, "per_device_train_batch_size": 16, "disable_tqdm": True}
+    """The joint steps alone, at one learning rate."""
+    defaults = {"max_steps": 10, "head_steps": 0, "lr_scheduler_type": "constant", "disable_tqdm": True}
+    defaults["per_device_train_batch_size"] = 16
     return TintTrainingArguments(output_dir=str(tmp_path), **{**defaults, **settings})
 
 
@@ -104,13 +106,13 @@ def test_one_step_is_adam_on_the_objective(bert, data, tmp_path):
     trainer = TintTrainer(model, arguments(tmp_path, max_steps=1, update="joint", per_device_train_batch_size=48), data)
     trainer.train()
     plain = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], coefficient_bounds=None)).eval()
-    optimizer = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], 3e-3)
     for task, dataset in data.items():
         ids = torch.tensor(dataset["input_ids"])
         with torch.no_grad():
             expert_logits = load(bert[1][task])(ids).logits
         plain.set_task(task)
-        OBJECTIVES["confident_pseudo_label"](plain(input_ids=ids).logits, expert_logits).backward()
+        OBJECTIVES["soft_pseudo_label"](plain(input_ids=ids).logits, expert_logits).backward()
     optimizer.step()
     trained = state(model)
     for name, parameter in state(plain).items():
@@ -158,7 +160,7 @@ def test_other_tasks_tint_layers_stand_still(model, data, tmp_path):
 def test_nothing_kept_is_no_update(bert, tmp_path):
     """An expert less sure than the merged model, and of another class everywhere: zero loss, and nothing moves."""
     model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
-    trainer = TintTrainer(model, arguments(tmp_path))
+    trainer = TintTrainer(model, arguments(tmp_path), objective="confident_pseudo_label")
     trainer.step("b", IDS)  # so that Adam has momentum
     head = model.base_model.head_layers[0]
     with torch.no_grad():
@@ -269,7 +271,8 @@ def test_evaluation_without_labels_is_agreement(model, data, tmp_path):
 def test_callbacks_trackers_and_bar(model, data, tmp_path, capsys):
     seen = []
     settings = arguments(tmp_path, report_to="tensorboard", logging_steps=5, disable_tqdm=False, eval_steps=5)
-    trainer = TintTrainer(model, settings, data, data, callbacks=[lambda trainer, logs: seen.append(logs)])
+    callbacks = [lambda trainer, logs: seen.append(logs)]
+    trainer = TintTrainer(model, settings, data, data, "confident_pseudo_label", callbacks=callbacks)
     trainer.train()
     assert seen == trainer.log_history and {"loss_a", "kept_a"} <= set(seen[0])
     assert list(tmp_path.rglob("events.out.tfevents*"))
@@ -369,7 +372,7 @@ def test_trainers_of_one_process_may_differ_in_precision(model, data, tmp_path):
 
 
 def test_learning_rate_by_tint_layer(bert, tmp_path):
-    for layer, expected in ((None, 1e-2), (["encoder.layer.1", "classifier"], 1e-3), ([], 1e-3)):
+    for layer, expected in ((None, 3e-3), (["encoder.layer.1", "classifier"], 1e-3), ([], 1e-3)):
         model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], tint_layer=layer))
         trainer = TintTrainer(model, arguments(tmp_path))
         trainer.step("a", IDS)
@@ -419,11 +422,11 @@ def test_heads_are_fitted_to_the_features_of_the_start(model, data, tmp_path):
         with torch.no_grad():
             features = bert(input_ids=ids).pooler_output
         tensors = [before[name].clone().requires_grad_() for name in head[task]]
-        optimizer = torch.optim.Adam(tensors, 1e-2)
+        optimizer = torch.optim.Adam(tensors, 3e-3)
         for step in range(5):
-            optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 5)) / 2
+            optimizer.param_groups[0]["lr"] = 3e-3 * (1 + math.cos(math.pi * step / 5)) / 2
             logits = torch.nn.functional.linear(features, *tensors)
-            OBJECTIVES["confident_pseudo_label"](logits, expert_logits).backward()
+            OBJECTIVES["soft_pseudo_label"](logits, expert_logits).backward()
             optimizer.step()
             optimizer.zero_grad()
         expected |= dict(zip(head[task], tensors, strict=True))
@@ -433,6 +436,22 @@ def test_heads_are_fitted_to_the_features_of_the_start(model, data, tmp_path):
     for name, parameter in state(model).items():
         torch.testing.assert_close(parameter, expected.get(name, before[name]), rtol=1e-4, atol=1e-5, msg=name)
         assert torch.equal(parameter, before[name]) == (name not in expected)
+
+
+def test_the_defaults_fit_the_heads_and_take_few_falling_steps(model, data, tmp_path):
+    trainer = TintTrainer(model, TintTrainingArguments(str(tmp_path), max_steps=1, disable_tqdm=True), data, data)
+    before = trainer.evaluate()["mean"]["agreement"]
+    trainer.train()
+    assert TintTrainingArguments().max_steps == 60 and trainer._progress.step == 1
+    assert "head_loss" in trainer.log_history[0] and trainer.evaluate()["mean"]["agreement"] > before
+
+
+def test_entropy_does_not_fit_heads(model, data, tmp_path):
+    """Each would come to predict one class."""
+    before = state(model)
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, head_steps=5), data, objective="entropy")
+    trainer.train()
+    assert not trainer.log_history and all(torch.equal(value, before[name]) for name, value in state(model).items())
 
 
 def test_heads_that_get_more_than_one_vector_are_not_fitted(tmp_path):

@@ -34,7 +34,7 @@ SIZE = 48
 CLASSES = ("background", "circle", "square", "triangle", "bar")
 OUTPUTS = {"base": 3, "segmentation": len(CLASSES), "depth": 1}
 # What few minutes want
-FEW_STEPS = {"max_steps": 100}
+FEW_MINUTES = {"max_steps": 100}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "dense"
 
 
@@ -47,7 +47,7 @@ class DenseArguments:
 
 
 def main():
-    args, training = parse(DenseArguments, TintTrainingArguments, description=__doc__, defaults=FEW_STEPS)
+    args, training = parse(DenseArguments, TintTrainingArguments, description=__doc__, defaults=FEW_MINUTES)
     torch.set_num_threads(max(1, os.cpu_count() // 2))  # so small a model gains little from more
     output, random = Path(training.output_dir), np.random.default_rng(0)
     parts = {"train": args.scenes, "adapt": args.scenes // 3, "eval": args.scenes // 3}

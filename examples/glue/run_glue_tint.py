@@ -42,9 +42,9 @@ METRICS = {
 }
 DATA = Path(__file__).parent.parent / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "glue"
-# What few minutes want: a smaller learning rate than usual, and an end at zero. BERT's pooler is half of its head
-FEW_STEPS = {"max_steps": 60, "learning_rate": 3e-3, "lr_scheduler_type": "linear", "max_eval_samples": 400}
-FEW_STEPS |= {"max_seq_length": 40, "bf16": True, "tint_layer": ["pooler", "classifier"]}
+# What few minutes want. BERT's pooler is half of its head
+FEW_MINUTES = {"transform": "tsv", "tint_layer": ["pooler", "classifier"], "learning_rate": 3e-3, "bf16": True}
+FEW_MINUTES |= {"adamerging_steps": 60, "max_eval_samples": 400, "max_seq_length": 40}
 # embedded task: steps of fine-tuning, and of examples/data what it is made of
 EMBEDDED = {"movies": (120, "movies"), "nouns": (150, "nouns"), "better": (100, "tweets"), "rating": (120, "products")}
 
@@ -60,7 +60,7 @@ def main():
     args, training = parse(GlueArguments, TintTrainingArguments, description=__doc__)
     if not args.experts:
         if args.embedded or not hub_has(BASE):
-            args, training = parse(GlueArguments, TintTrainingArguments, description=__doc__, defaults=FEW_STEPS)
+            args, training = parse(GlueArguments, TintTrainingArguments, description=__doc__, defaults=FEW_MINUTES)
             use_embedded(args)
         else:
             args.model_name_or_path, args.experts = args.model_name_or_path or BASE, EXPERTS

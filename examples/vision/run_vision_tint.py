@@ -50,7 +50,7 @@ from peft_tint import TintTrainingArguments
 
 CLIP_8 = Path(__file__).parent / "configs" / "clip_8.json"
 # What few minutes want
-FEW_STEPS = {"max_steps": 250, "lr_scheduler_type": "linear"}
+FEW_MINUTES = {"transform": "tsv", "adamerging_steps": 250}
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "vision"
 
 
@@ -70,7 +70,7 @@ def main():
     args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__)
     if not args.experts:
         if args.embedded or not hub_has("openai/clip-vit-base-patch32"):
-            args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__, defaults=FEW_STEPS)
+            args, training = parse(VisionArguments, TintTrainingArguments, description=__doc__, defaults=FEW_MINUTES)
             use_embedded(args)
         else:
             defaults = json.loads(CLIP_8.read_text())

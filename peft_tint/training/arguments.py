@@ -18,30 +18,36 @@ DECISIVE_OF_MODEL = (
 
 @dataclass
 class TintTrainingArguments:
-    """How to train coefficients and tint layers. The defaults are those of Model Tinting (arXiv:2412.19098).
+    """How to train coefficients and tint layers. One step visits every task once in random order.
 
-    One step visits every task once in random order. `HfArgumentParser` reads this class.
+    The defaults fit the heads first (https://arxiv.org/abs/2202.10054) and then take few steps. Those of Model Tinting
+    (https://arxiv.org/abs/2412.19098) are `max_steps=500, head_steps=0, learning_rate=1e-2,
+    lr_scheduler_type="constant"`, with the objective "confident_pseudo_label". `HfArgumentParser` reads this class.
     """
 
     output_dir: str = field(default="tint_output", metadata={"help": "Where models and logs are written."})
-    max_steps: int = field(default=500, metadata={"help": "Number of steps; each visits every task once."})
+    max_steps: int = field(default=60, metadata={"help": "Number of steps; each visits every task once."})
     update: str = field(
         default="sequential",
         metadata={"help": "'sequential': one update per task; 'joint': one update on the sum over tasks."},
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Adam's learning rate; None: 1e-2 where the tint layer is the head, else 1e-3."}
+        default=None, metadata={"help": "Adam's learning rate; None: 3e-3 where the tint layer is the head, else 1e-3."}
     )
     head_steps: int = field(
-        default=0,
+        default=100,
         metadata={
             "help": "Steps of each task's head alone before the first step, on all samples at once, whose features the "
-            "merged model computes once; where the head is a tint layer that takes one vector a sample."
+            "merged model computes once; where the head is a tint layer that takes one vector a sample, and not by "
+            "'entropy', which would have it predict one class."
         },
     )
     lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "'constant', or from `learning_rate` down to 0 at `max_steps`: 'linear' or 'cosine'."},
+        default="cosine",
+        metadata={
+            "help": "'constant', or from `learning_rate` down to 0 at `max_steps`: 'linear' or 'cosine'. A stream has "
+            "no last step and keeps `learning_rate`."
+        },
     )
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta2."})

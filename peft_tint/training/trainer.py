@@ -75,7 +75,7 @@ class TintTrainer:
         args: TintTrainingArguments | None = None,
         train_dataset: dict[str, Dataset] | None = None,
         eval_dataset: dict[str, Dataset] | None = None,
-        objective="confident_pseudo_label",
+        objective="soft_pseudo_label",
         data_collator=None,
         processing_class=None,
         compute_metrics=None,
@@ -248,13 +248,16 @@ class TintTrainer:
         """Linear probing before fine-tuning (https://arxiv.org/abs/2202.10054): fits each task's head by the objective
         to the features that the merged model has at the start. Each process does all of it."""
         heads, losses = [layer for layer in self.model.head_layers if layer in self.model.tint_layers], []
-        for task, dataset in self.train_dataset.items() if self.args.head_steps and heads else ():
+        if not (self.args.head_steps and heads):
+            return
+        for task, dataset in self.train_dataset.items():
+            objective, head = self._objective_of(task, self.objective), heads[-1]
+            if objective is entropy:
+                continue
             self.model.set_task(task)
-            head = heads[-1]
             features, expert_rows = self._features(model, head, task, dataset)
             if features is None:
                 continue
-            objective = self._objective_of(task, self.objective)
             parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
             optimizer = torch.optim.Adam(parameters, self._optimizer.param_groups[0]["initial_lr"])
             scheduler = get_scheduler("cosine", optimizer, 0, self.args.head_steps)
@@ -322,11 +325,9 @@ class TintTrainer:
         `logging_steps` calls the log gets an entry, and keeps the last 100, so memory does not grow. Once a task has
         collapsed, further calls only predict; a new trainer adapts again.
 
-        Under several processes all call it for the same task, each with its part of the batch. Raises ValueError for a
-        learning rate that would fall, since a stream has no last step, for an unknown task, and for what is no tensor.
+        Under several processes all call it for the same task, each with its part of the batch. Raises ValueError for
+        an unknown task, and for what is no tensor.
         """
-        if self.args.lr_scheduler_type != "constant":
-            raise ValueError(f"`lr_scheduler_type` is {self.args.lr_scheduler_type!r}; a stream takes 'constant'.")
         for name, value in batch.items():
             if name not in LABELS and not isinstance(value, torch.Tensor):
                 raise ValueError(
@@ -362,7 +363,7 @@ class TintTrainer:
         args, lr = self.args, self.args.learning_rate
         if lr is None:
             tint_layers = self.model.tint_layers
-            lr = 1e-2 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
+            lr = 3e-3 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
         groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
         optimizer = torch.optim.Adam(groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
         self.model.eval()
