@@ -167,7 +167,7 @@ def resuming():
 
 
 def fsdp():
-    """Outputs and gradients on half of a batch in each process; what merging says."""
+    """Outputs and gradients on half of a batch in each process; what merging says; trainings with a sharded base."""
     state, results = PartialState(cpu=True), {"errors": []}
     model = make_model(ARCHITECTURES["bert"]).eval()
     if state.num_processes > 1:
@@ -184,10 +184,21 @@ def fsdp():
     results["gradients"] = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
     results["coefficients"] = model.coefficients().values
     results["sharded"] = any(hasattr(p, "full_tensor") for p in model.parameters())
+    for name, config in {"whole": {}, "parts": {"shard_task_vectors": True}}.items():
+        tinted = make_model(coefficient_init=0.2, **config).eval()
+        if state.num_processes > 1:
+            trainable = {parameter for parameter in tinted.parameters() if parameter.requires_grad}
+            for layer in tinted.base_model.model.bert.encoder.layer:
+                fully_shard(layer, mesh=mesh, ignored_params=trainable)
+            fully_shard(tinted, mesh=mesh, ignored_params=trainable)
+        trainer = make_trainer(tinted, 8)
+        trainer.train()
+        results[f"trained {name}"] = {"parameters": trained(tinted), "evaluation": trainer.evaluate()}
     if state.num_processes > 1:
-        for merge in (model.merge_adapter, model.merge_and_unload, model.merge_backbone):
+        train = make_trainer(model, 8).train
+        for function in (model.merge_adapter, model.merge_and_unload, model.merge_backbone, train):
             try:
-                merge()
+                function()
                 results["errors"].append("none")
             except ValueError as error:
                 results["errors"].append(str(error))

@@ -267,7 +267,12 @@ def test_sharded_with_fsdp2(tmp_path):
         torch.testing.assert_close(two[f"logits {task}"], one[f"logits {task}"][::2], rtol=0, atol=1e-5)
     torch.testing.assert_close(two["gradients"], one["gradients"], rtol=0, atol=1e-5)
     assert torch.equal(two["coefficients"], one["coefficients"])
-    assert len(two["errors"]) == 3 and all("weights are sharded" in error for error in two["errors"])
+    for name in ("trained whole", "trained parts"):
+        torch.testing.assert_close(two[name]["parameters"], one[name]["parameters"], rtol=0, atol=1e-5)
+        assert two[name]["evaluation"] == one[name]["evaluation"]
+    *merging, training = two["errors"]
+    assert len(merging) == 3 and all("weights are sharded" in error for error in merging)
+    assert "Pass them to `fully_shard` as `ignored_params`" in training
 
 
 def test_trainer_refuses_sharding(monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count, islice
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from accelerate.utils import DistributedType, broadcast, gather_object, send_to_
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from peft import get_peft_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
@@ -107,9 +109,9 @@ class TintTrainer:
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
-                f"Accelerate is configured for {kind.value}, and TintTrainer runs the experts in each process by "
-                "itself, which needs whole weights. Launch it with plain data parallelism (`--multi_gpu`), or shard "
-                "the model with `fully_shard` and train it in a loop of your own."
+                f"Accelerate is configured for {kind.value}, which would shard what trains. Launch it with plain data "
+                "parallelism (`--multi_gpu`); `TintConfig(shard_task_vectors=True)` shards the task vectors, and "
+                "PyTorch's `fully_shard(model, ignored_params=the trainable parameters)` the base."
             )
         self.model.to(self.accelerator.device)
         self._collate = self._make_collator(data_collator)
@@ -360,6 +362,11 @@ class TintTrainer:
             raise ValueError(
                 "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
             )
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise ValueError(
+                "Parameters that train are sharded. Pass them to `fully_shard` as `ignored_params`, so that it shards "
+                "the base alone."
+            )
         args, lr = self.args, self.args.learning_rate
         if lr is None:
             tint_layers = self.model.tint_layers
@@ -566,10 +573,12 @@ class TintTrainer:
         memo = (self.model.active_adapter, task, kind, dataset._fingerprint)
         if memo not in self._cached:  # `datasets` caches on disk only what came from disk
             self.model.eval()
-            key = [self.model.expert_fingerprint(task), kind, self.accelerator.mixed_precision, self.args.bf16]
-            key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
-            # processes that have the experts in parts run them together
+            # processes that have the experts or the base in parts run them together, and keep what they find apart
             sharded = self.model.peft_config[self.model.active_adapter].is_sharded
+            sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+            expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
+            key = [expert, kind, self.accelerator.mixed_precision, self.args.bf16]
+            key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
             with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
                 self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description, not sharded)
