@@ -1,15 +1,18 @@
 """What merging promises, for every architecture."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import pytest
 import torch
+from datasets import Dataset
 from models import ARCHITECTURES, main_tensor, make_experts, output
 from peft import PeftModel, get_peft_model
 from torch.func import functional_call
 
 import peft_tint
+from peft_tint import TintTrainer, TintTrainingArguments
 from peft_tint._structure import find_head, plain_modules
 
 TASKS = ["x", "y", "z"]
@@ -106,6 +109,23 @@ def test_reused_merged_weights(architecture):
         if plain is not None or reused is not None:  # of what the output depends on
             torch.testing.assert_close(reused, plain, rtol=1e-9, atol=1e-12)
     assert any(gradient is not None and gradient.any() for gradient in gradients[1])
+
+
+def test_the_trainer_by_its_defaults(architecture, tmp_path):
+    """Heads that take one vector a sample are fitted before the first step, and others are not."""
+    model, _, _ = build(architecture)
+    with torch.no_grad():
+        result = model(**architecture.inputs)
+    values = (
+        [result] if isinstance(result, torch.Tensor) else [result.get(name) for name in ("logits", "predicted_depth")]
+    )
+    if not any(value is not None and len(value) == 2 for value in values):
+        pytest.skip("no logits of each sample, which the trainer refuses with the reason")
+    data = Dataset.from_dict({name: list(value.numpy()) for name, value in architecture.inputs.items()})
+    arguments = TintTrainingArguments(str(tmp_path), max_steps=1, disable_tqdm=True)
+    trainer = TintTrainer(model, arguments, {"x": data.with_format("torch")})
+    trainer.train()
+    assert trainer.log_history[-1]["step"] == 1 and math.isfinite(trainer.log_history[-1]["loss"])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import inspect
 import os
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -231,7 +232,9 @@ class TintTrainer:
                     for task in passes:
                         self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
                 self._update()
-            scheduler.step()
+            with warnings.catch_warnings():  # of steps without an update, for which nothing was to learn
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                scheduler.step()
             bar.set_postfix(progress.window.summary())
             if step % args.logging_steps == 0 or last:
                 progress.collapsed = self._end_window()
@@ -286,14 +289,14 @@ class TintTrainer:
             collate_fn=self._collate_unlabelled,
             num_workers=self.args.dataloader_num_workers,
         )
-        hook = head.register_forward_hook(lambda module, args, output: found.append((args[0], output)))
+        hook = head.register_forward_hook(lambda module, args, output: found.append((*args, output)))
         try:
             for batch in loader:
                 batch = send_to_device(batch, self.accelerator.device)
                 expert_rows.append(batch[EXPERT_ROWS])
                 compared = self._forward(model, batch).compared[0]
-                features, output = found[-1]
-                if features.ndim != 2 or not torch.equal(output.float(), compared):
+                axes = [getattr(value, "ndim", None) for value in found[-1]] if found else None
+                if axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
                     return None, None
         finally:
             hook.remove()
