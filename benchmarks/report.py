@@ -9,10 +9,12 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
 matplotlib.use("Agg")
+README = Path(__file__).parent.parent / "README.md"
 
 
 def report(folder: Path) -> None:
-    """Writes table.md and pareto.png to a folder of results, among which are those of "experts"."""
+    """Writes the table and pareto.png to a folder of results, among which are those of "experts", and the table to the
+    README, between the comments that name the folder."""
     results = {file.stem: json.loads(file.read_text())["results"] for file in sorted(folder.glob("*.json"))}
     for name, seeds in list(results.items()):
         if "before_surgery" in seeds[0]:
@@ -20,8 +22,12 @@ def report(folder: Path) -> None:
     experts = {seed["seed"]: seed["accuracy"] for seed in results["experts"]}
     rows = {name: summary(seeds, experts) for name, seeds in results.items()}
     rows = dict(sorted(rows.items(), key=lambda item: item[1]["normalised"][0]))
-    (folder / "table.md").write_text(table(rows, list(experts[results["experts"][0]["seed"]])))
+    text = table(rows, list(experts[results["experts"][0]["seed"]]))
+    (folder / "table.md").write_text(text)
     plot(results, rows, experts, folder / "pareto.png")
+    begin, end = f"<!-- {folder.name} -->\n", f"<!-- end of {folder.name} -->"
+    before, rest = README.read_text().split(begin)
+    README.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def summary(seeds, experts):
@@ -41,7 +47,7 @@ def table(rows, tasks):
     for name, row in rows.items():
         mean, deviation, count = row["normalised"]
         cells = [f"{row['accuracy'][task]:.3f}" for task in tasks]
-        cells.append(f"{mean:.1%} ± {deviation:.1%}" if count > 1 else f"{mean:.1%}")
+        cells.append(f"{mean:.1%} ± {deviation:.1%}" if count > 1 else f"{mean:.1%} (one seed)")
         cells += [f"{row['cpu_s']:.0f}", f"{row['peak_mb']:.0f}", f"{row['bytes'] / 1e6:.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -1,8 +1,8 @@
 """python benchmarks/run.py benchmarks/configs/*.json --suite vision --model MODEL --data FOLDER
 python benchmarks/run.py --report benchmarks/results/vision
 
-Runs experiments on a suite of `suites.py`, and makes a table and a picture of their results. A config has a "kind" and
-the arguments of it:
+Runs experiments on a suite of `suites.py`, and makes a table and a picture of their results, and the README's table. A
+config has a "kind" and the arguments of it:
 
     "model"    {"of": "pretrained" or "experts"}
     "merge"    {"method": a name in MERGING_METHODS, and its arguments}
@@ -45,7 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path)
     parser.add_argument("--suite", choices=list(SUITES), default="vision")
-    parser.add_argument("--report", type=Path, help="a folder of results, to make table.md and pareto.png in")
+    parser.add_argument("--report", type=Path, help="a folder of results, to make table and picture of")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # the file of one seed's result
     add_suite_arguments(parser)
