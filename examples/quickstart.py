@@ -77,7 +77,8 @@ def main():
     with ProcessPoolExecutor(1, SPAWN) as other:
         others = other.submit(score_others, make)
         # BERT's pooler is the first half of its classification head, and trains as a head does
-        trainer = make("soft_pseudo_label", ["pooler", "classifier"], learning_rate=3e-3)
+        config = {"transform": "tsv", "coefficient_init": 1.0, "tint_layer": ["pooler", "classifier"]}
+        trainer = make("soft_pseudo_label", config, learning_rate=3e-3)
         trainer.train()
         model, tint = trainer.model, trainer.evaluate()
         scores = {**others.result(), "Tint": tint}
@@ -219,12 +220,11 @@ def finetune(folder, steps, base, tokenizer, task, train):
     os.replace(f"{folder}.new", folder)  # so that a folder is a whole expert
 
 
-def make_trainer(base, experts, tokenizer, adaptation, evaluation, output, steps, objective, tint_layer, **arguments):
-    """A trainer of the four experts merged at 0.3."""
+def make_trainer(base, experts, tokenizer, adaptation, evaluation, output, steps, objective, config, **arguments):
+    """A trainer of the four experts' tint."""
     model = AutoModelForSequenceClassification.from_pretrained(base, **ATTENTION)
-    config = TintConfig(experts=experts, tint_layer=tint_layer, coefficient_init=0.3, task_type="SEQ_CLS")
     return TintTrainer(
-        get_peft_model(model, config),
+        get_peft_model(model, TintConfig(experts=experts, task_type="SEQ_CLS", **config)),
         TintTrainingArguments(output, max_steps=steps, per_device_eval_batch_size=128, bf16=True, **arguments),
         train_dataset=adaptation,
         eval_dataset=evaluation,
@@ -238,7 +238,7 @@ def score_others(make):
     set_up()
     datasets.disable_progress_bars()
     arguments = {"update": "joint", "per_device_train_batch_size": 16, "lr_scheduler_type": "constant"}
-    trainer = make("entropy", [], disable_tqdm=True, **arguments)
+    trainer = make("entropy", {"coefficient_init": 0.3, "tint_layer": []}, disable_tqdm=True, **arguments)
     scores = {}
     for method, coefficient in {"pretrained": 0.0, "average": 1 / len(TASKS), "task arithmetic 0.3": 0.3}.items():
         trainer.model.set_coefficients(coefficient)
