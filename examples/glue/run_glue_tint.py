@@ -1,4 +1,4 @@
-"""python examples/glue/run_glue_tint.py --model_name_or_path BASE --experts sst2=EXPERT mrpc=EXPERT --max_steps 500
+"""python examples/glue/run_glue_tint.py --model_name_or_path BASE --experts sst2=EXPERT mrpc=EXPERT --transform tsv
 
 Merges experts of texts, each the best of one task, into one model, and compares ways to do so. Started by `python` or
 `accelerate launch`; a JSON or YAML file of the arguments may come first. The eight GLUE tasks have their data on the
