@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from peft import get_peft_model
 from report import report
-from suites import SUITES, add_suite_arguments, collate, describe, prepare
+from suites import SUITES, add_suite_arguments, collate, describe, prepare, set_defaults
 from torch.utils.data import DataLoader
 
 import peft_tint
@@ -55,6 +55,7 @@ def main():
     elif args.into:
         args.into.write_text(json.dumps(Experiment(args, json.loads(args.configs[0].read_text())).result()))
     else:
+        set_defaults(args)
         (RESULTS / args.suite).mkdir(parents=True, exist_ok=True)
         for path in args.configs:
             run(args, path, RESULTS / args.suite / path.name)

@@ -110,11 +110,15 @@ def add_suite_arguments(parser):
     parser.add_argument("--experts", help="folder for the base and the experts, by default experts_SUITE")
 
 
-def prepare(args):
-    """The tasks' splits, and the folders of the base and of the experts, which are made if they are not there."""
+def set_defaults(args):
     for name, value in SUITES[args.suite].defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def prepare(args):
+    """The tasks' splits, and the folders of the base and of the experts, which are made if they are not there."""
+    set_defaults(args)
     torch.set_num_threads(args.threads)
     splits = {task: load_task(args, task) for task in args.tasks}
     base_folder = os.path.join(args.experts, "base")

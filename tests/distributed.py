@@ -67,7 +67,7 @@ TRAININGS = {
     "joint": {"update": "joint"},
     "accumulated": {"update": "joint", "gradient_accumulation_steps": 2},
     "features": {"update": "sequential", "objective": "feature_l1"},
-    "checkpointed": {"update": "sequential"},
+    "checkpointed": {"update": "joint"},
 }
 
 

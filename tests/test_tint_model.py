@@ -373,6 +373,32 @@ def test_half_precision_base_keeps_its_dtype(bert):
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
 
 
+def test_what_reused_weights_do_not_outlive(model):
+    """Coefficients that change, the context, and copies; and what is told."""
+    expected = []
+    for value in (0.1, 0.9):
+        model.set_coefficients(value)
+        expected.append(logits(model, "a"))
+    with torch.no_grad(), model.reuse_merged_weights():
+        for value, wanted in zip((0.1, 0.9), expected, strict=True):
+            model.set_coefficients(value)
+            assert torch.equal(logits(model, "a"), wanted)
+        copied = copy.deepcopy(model)
+    copied.set_coefficients(0.1)
+    assert torch.equal(logits(copied, "a"), expected[0])
+    with model.reuse_merged_weights():
+        loss = model(**IDS).logits.sum()
+        copied = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="is in `reuse_merged_weights` already"), model.reuse_merged_weights():
+            pass
+    with pytest.raises(RuntimeError, match="`reuse_merged_weights` has been left"):
+        loss.backward()
+    with torch.inference_mode():
+        frozen = copy.deepcopy(model)
+        with frozen.reuse_merged_weights():
+            assert torch.equal(logits(frozen, "a"), expected[1])
+
+
 @pytest.mark.parametrize("settings", [{}, {"transform": "ties"}])
 def test_task_vectors_in_bfloat16_take_half_of_the_memory(bert, tmp_path, settings):
     """They are those of float32, rounded once; so are they when the adapter is loaded."""

@@ -446,6 +446,32 @@ def test_the_defaults_fit_the_heads_and_take_few_falling_steps(model, data, tmp_
     assert "head_loss" in trainer.log_history[0] and trainer.evaluate()["mean"]["agreement"] > before
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("settings", [{"update": "joint"}, {"gradient_accumulation_steps": 2}])
+def test_checkpointed_layers_train_alike_where_weights_are_reused(bert, data, tmp_path, settings, use_reentrant):
+    states = []
+    for checkpointed in (False, True):
+        model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        TintTrainer(model, arguments(tmp_path, max_steps=2, adam_epsilon=1e-4, **settings), data).train()
+        states.append(state(model))
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-6)
+
+
+def test_a_head_that_comes_to_nan_is_told(model, data, tmp_path):
+    def objective(logits, expert_logits, mask):
+        return logits.sum() * float("nan")
+
+    trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, head_steps=5), data, objective=objective)
+    with pytest.raises(FloatingPointError, match="The loss of the head of task 'a' is nan"):
+        trainer.train()
+    with model.reuse_merged_weights(), pytest.raises(ValueError, match="is in `reuse_merged_weights` already"):
+        trainer.train()
+
+
 def test_entropy_does_not_fit_heads(model, data, tmp_path):
     """Each would come to predict one class."""
     before = state(model)

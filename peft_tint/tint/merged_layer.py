@@ -60,13 +60,33 @@ class MergedLayer(WrappedLayer):
             return super()._merge_own(adapter_names, low_rank)
         adapters = tuple(self.active_adapters if adapter_names is None else adapter_names)
         coefficients = [self.tint_coefficients[adapter] for adapter in adapters if adapter in self.tint_coefficients]
-        versions = [(values.data_ptr(), values._version) for values in coefficients]
+        # tensors made in inference mode have no version, and cannot be changed
+        versions = [(values.data_ptr(), None if values.is_inference() else values._version) for values in coefficients]
         key = (adapters, low_rank, torch.is_grad_enabled(), *versions)
         if key not in self.kept:
-            merged = super()._merge_own(adapter_names, low_rank)
-            self.kept[key] = merged, {name: _leaf(weight) for name, weight in merged.items()}
+            # gradient checkpointing counts what a forward saves, and finds this here when it runs it again
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                merged = super()._merge_own(adapter_names, low_rank)
+            self.kept[key] = merged, {name: self._leaf(weight) for name, weight in merged.items()}
         merged, leaves = self.kept[key]
         return {name: leaf.to(merged[name].dtype) for name, leaf in leaves.items()}
+
+    def _leaf(self, weight):
+        """The weight without its graph; in float32 at least where it takes gradients, which it sums up."""
+        if not weight.requires_grad:
+            return weight
+        leaf = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
+        leaf.register_hook(self._check_kept)
+        return leaf
+
+    def _check_kept(self, gradient):
+        if self.kept is None:
+            raise RuntimeError(
+                "`reuse_merged_weights` has been left, so coefficients get no gradients; call `backward` in it."
+            )
+
+    def __getstate__(self):
+        return {**self.__dict__, "kept": None}  # a copy is in no such context
 
     def backward_kept(self):
         """Hands the gradients of the weights that were kept on to the coefficients, summed over their forwards."""
@@ -81,13 +101,6 @@ class MergedLayer(WrappedLayer):
 
     def _changes(self, name):
         return any(name in vectors for vectors in self.tint_task_vectors.values())
-
-
-def _leaf(weight):
-    """The weight without its graph; in float32 at least where it takes gradients, which it sums up."""
-    if not weight.requires_grad:
-        return weight
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
 
 
 class RootMergedLayer(RootLayer, MergedLayer):

@@ -207,17 +207,19 @@ class TintModel(WrappingTuner):
         if not torch.isfinite(values).all():
             raise ValueError("`values` has NaN or Inf.")
         rows = dict(zip(units, values.t(), strict=True))
-        for layer in self._merged_layers():
-            parameter = layer.tint_coefficients[self._adapter]
-            parameter.data.copy_(torch.stack([rows[unit] for unit in layer.units[self._adapter]]))
+        with torch.no_grad():
+            for layer in self._merged_layers():
+                parameter = layer.tint_coefficients[self._adapter]
+                parameter.copy_(torch.stack([rows[unit] for unit in layer.units[self._adapter]]))
 
+    @torch.no_grad()
     def project_coefficients(self) -> None:
         """Projects the coefficients onto `coefficient_bounds`; `TintTrainer` calls it after each optimizer step.
 
         A clamp in the forward would do the same to the weights, but leave a coefficient at its bound no gradient."""
         if self._active_config.coefficient_bounds is not None:
             for layer in self._merged_layers():
-                layer.tint_coefficients[self._adapter].data.clamp_(*self._active_config.coefficient_bounds)
+                layer.tint_coefficients[self._adapter].clamp_(*self._active_config.coefficient_bounds)
 
     @contextmanager
     def expert(self, task: str):
@@ -267,9 +269,15 @@ class TintModel(WrappingTuner):
         """Within this context a weight is merged once for all forwards between which its coefficients stay as they are.
 
         It takes one more copy of the weights, and one of their gradients where gradients are taken. Those of the
-        coefficients come when the context is left, so call the optimizer after it.
+        coefficients come when the context is left: call `backward` in it, and the optimizer after it. A base that FSDP2
+        has sharded is merged each time, or no process would be left with less than all of it.
         """
-        layers = [layer for layer in self._merged_layers() if layer.kept is None]  # not those of such a context around
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        layers = [] if sharded else self._merged_layers()
+        if any(layer.kept is not None for layer in layers):
+            if torch.is_grad_enabled():
+                raise ValueError("The model is in `reuse_merged_weights` already; leave that context first.")
+            layers = []
         for layer in layers:
             layer.kept = {}
         try:

@@ -221,14 +221,17 @@ class TintTrainer:
         else:
             if args.load_best_model_at_end:
                 self._evaluate_state()
-            self._fit_heads(model)
+            with self.model.reuse_merged_weights():
+                self._fit_heads(model)
         bar = self._bar(range(progress.step + 1, args.max_steps + 1), "tinting")
         for step in bar:
             progress.step, last = step, step == args.max_steps
             tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
             for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
                 passes = [task for task in group for _ in range(args.gradient_accumulation_steps)]
-                with self.model.reuse_merged_weights() if len(passes) > 1 else nullcontext():
+                # the guard's forwards by the start's coefficients would be kept beside
+                reuses = len(passes) > 1 and progress.guard is None
+                with self.model.reuse_merged_weights() if reuses else nullcontext():
                     for task in passes:
                         self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
                 self._update()
@@ -272,7 +275,14 @@ class TintTrainer:
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of the head of task {task!r} is {loss.item()}. Check its data for NaN, use a model in "
+                    "float32 (with `bf16=True`), or lower `learning_rate`."
+                )
             losses.append(loss.item())
+            for parameter in parameters:  # or processes whose sums are rounded otherwise would go apart
+                parameter.data.copy_(broadcast(parameter.data))
         if losses:
             self._log({"step": 0, "head_loss": float(np.mean(losses))})
 
@@ -296,7 +306,7 @@ class TintTrainer:
                 expert_rows.append(batch[EXPERT_ROWS])
                 compared = self._forward(model, batch).compared[0]
                 axes = [getattr(value, "ndim", None) for value in found[-1]] if found else None
-                if axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
+                if len(found) != len(expert_rows) or axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
                     return None, None
         finally:
             hook.remove()
@@ -735,10 +745,11 @@ class TintTrainer:
         """What `_save_checkpoint` saved of this very training: tensors, state, and random states of the processes."""
         tensors, state, random_states = read_state(folder)
         for name, value in self._settings().items():
-            if state["settings"][name] != value:
+            before = state["settings"].get(name)  # None in a checkpoint of a version that did not know it
+            if before != value:
                 raise ValueError(
-                    f"{name} is {value!r}, and {folder!r} was made with {state['settings'][name]!r}. Resume with the "
-                    "same, or start anew."
+                    f"{name} is {value!r}, and {folder!r} was made with {before!r}. Resume with the same, or start "
+                    "anew."
                 )
         shapes = {name: parameter.shape for name, parameter in self._parameters().items()}
         saved = {name: value.shape for name, value in tensors["parameters"].items()}
