@@ -276,6 +276,10 @@ def test_what_cannot_be_resumed_is_told(bert, tmp_path):
         make_trainer(bert, out, data=data).train(**resume)
     with pytest.raises(ValueError, match=r"`max_steps` is 6, and .* of step 7"):
         make_trainer(bert, out, max_steps=6).train(**resume)
+    make_trainer(bert, tmp_path / "falling", lr_scheduler_type="cosine").train()
+    with pytest.raises(ValueError, match=r"`max_steps` is 9, and .* was made with 7"):
+        trainer = make_trainer(bert, tmp_path / "falling", lr_scheduler_type="cosine", max_steps=9)
+        trainer.train(resume_from_checkpoint=True)
     trainer = make_trainer(bert, out)
     trainer.model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], tint_layer=[]))
     with pytest.raises(ValueError, match="of another model: they differ in 'base_model"):
