@@ -320,8 +320,8 @@ def run(args, training, setup, metric="accuracy"):
         elif method not in ("pretrained", "tint"):
             config, objective, more = TRAINED[method]
             config = {"coefficient_init": args.coefficient_init, "granularity": args.granularity, **config}
-            quiet_too = replace(quiet, max_steps=args.adamerging_steps, **more)
-            trainer = make_trainer(setup, quiet_too, objective, **config)
+            more = {"max_steps": args.adamerging_steps, **more}
+            trainer = make_trainer(setup, replace(quiet, **more), objective, **config)
             trainer.train()
             scores[method] = trainer.evaluate()
     crossed = {"before": cross_task(reference, setup, args.cross_task_samples)}
