@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification
 
 import peft_tint
 from peft_tint import TintConfig
+from peft_tint.task_vectors import TaskVectors
 
 
 def load(folder):
@@ -371,6 +372,17 @@ def test_half_precision_base_keeps_its_dtype(bert):
     torch.testing.assert_close(inside.float(), load(experts["b"])(**IDS).logits, rtol=0.1, atol=0.1)
     merged = model.merge_and_unload(task="b")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+def test_reused_weights_are_merged_once(model, monkeypatch):
+    merged, merge = [], TaskVectors.merge
+    monkeypatch.setattr(TaskVectors, "merge", lambda self, *args: merged.append(self) or merge(self, *args))
+    logits(model, "a")
+    once = len(merged)
+    with model.reuse_merged_weights():
+        for _ in range(3):
+            model(**IDS).logits.sum().backward()
+    assert once > 10 and len(merged) == 2 * once
 
 
 def test_what_reused_weights_do_not_outlive(model):
