@@ -1,4 +1,4 @@
-"""accelerate launch tests/distributed.py ddp|sharded|resuming|fsdp FILE
+"""accelerate launch tests/distributed.py FILE
 
 What `test_training_elsewhere.py` runs in two processes, and by import in one. The first process writes its results to
 FILE.
@@ -214,7 +214,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     disable_progress_bars()
-    results = {"ddp": ddp, "sharded": sharded, "resuming": resuming, "fsdp": fsdp}[sys.argv[1]]()
+    results = {part.__name__: part() for part in (ddp, sharded, resuming, fsdp)}
     if PartialState(cpu=True).is_main_process:
-        torch.save(results, sys.argv[2])
+        torch.save(results, sys.argv[1])
     PartialState(cpu=True).destroy_process_group()

@@ -59,6 +59,7 @@ BAD_ARGUMENTS = {
     "tall_masks": [{"mask_scale": 0}],
     "consensus": [{"mask_scale": -0.4}, {"min_tasks": 4}, {"min_tasks": 0}],
     "iso_cts": [{"common_space": 0}],
+    "tsv": [{"untruncated": 3}, {"untruncated": [None]}, {"untruncated": "of_nothing"}],
     "wudi": [{"learning_rate": 0}, {"iterations": -1}],
     "slerp": [{"t": 1.1}],
     "karcher": [{"max_iterations": 0}, {"tolerance": 0}],
@@ -230,6 +231,11 @@ def plain_tsv(matrices):
     return plain_polar(left) @ torch.diag(torch.cat([x[:rank] for x in s])) @ plain_polar(right)
 
 
+def plain_tsv_but(task_vectors, untruncated=()):
+    merged, summed = by_matrix(plain_tsv)(task_vectors), by_entry(plain_sum)(task_vectors)
+    return {name: (summed if any(text in name for text in untruncated) else merged)[name] for name in merged}
+
+
 def plain_iso_c(matrices):
     u, s, vh = torch.linalg.svd(sum(matrices), full_matrices=False)
     return u @ torch.diag(s.mean().expand(len(s))) @ vh
@@ -306,7 +312,7 @@ PLAIN = {
     "consensus": by_entry(plain_consensus),
     "lines": plain_lines,
     "emr": plain_emr,
-    "tsv": by_matrix(plain_tsv),
+    "tsv": plain_tsv_but,
     "iso_c": by_matrix(plain_iso_c),
     "iso_cts": by_matrix(plain_iso_cts),
     "wudi": by_matrix(plain_wudi),
@@ -321,6 +327,7 @@ OTHER_ARGUMENTS = [
     ("magnitude", {"density": 0.7}),
     ("lines", {"beta": 1.5}),
     ("iso_cts", {"common_space": 0.3}),
+    ("tsv", {"untruncated": ["0.weight", "embed"]}),
     ("wudi", {"learning_rate": 1e-3, "iterations": 20}),
     ("slerp", {"t": 0.2}),
 ]
@@ -833,12 +840,15 @@ def test_buffers_must_be_the_bases():
     assert torch.equal(models["a"].get_buffer(name), expert.get_buffer(name))
 
 
-@pytest.mark.parametrize("method", [name for name, known in MERGING_METHODS.items() if known.parts])
-def test_parts_sum_to_the_merge(method):
+PARTS = [*((name, {}) for name, known in MERGING_METHODS.items() if known.parts), ("tsv", {"untruncated": "embed"})]
+
+
+@pytest.mark.parametrize(("method", "kwargs"), PARTS)
+def test_parts_sum_to_the_merge(method, kwargs):
     """And each is of its own task: what a task did not change is not in its part."""
     task_vectors = random_task_vectors("abc")
-    parts = transform_task_vectors(task_vectors, method)
-    whole = merge_task_vectors(task_vectors, method, **({"aggregate": "sum"} if method == "ties" else {}))
+    parts = transform_task_vectors(task_vectors, method, **kwargs)
+    whole = merge_task_vectors(task_vectors, method, **({"aggregate": "sum"} if method == "ties" else kwargs))
     assert parts.keys() == task_vectors.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(sum(part[name] for part in parts.values()), tensor, rtol=1e-5, atol=1e-6, msg=name)

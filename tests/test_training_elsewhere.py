@@ -37,6 +37,7 @@ BEIT = Architecture(  # its layers hold parameters of their own and are checkpoi
     IMAGE,
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+TOGETHER = pytest.mark.xdist_group("two processes")  # which start once for all of them
 
 
 def load(folder):
@@ -202,10 +203,11 @@ def test_trainer_checkpoints_with_dropout_off(case, tmp_path):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
-def launch(tmp_path, what):
-    """Runs `distributed.py` in two processes on the CPU (with `--cpu` Accelerate would start but one)."""
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What `distributed.py` finds in two processes on the CPU (with `--cpu` Accelerate would start but one)."""
     settings = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    script, file = Path(distributed.__file__), tmp_path / f"{what}.pt"
+    folder = tmp_path_factory.mktemp("distributed")
     command = [sys.executable, "-m", "accelerate.commands.launch", *settings.split(), "--main_process_port", "0"]
     paths = [str(Path(peft_tint.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -214,16 +216,16 @@ def launch(tmp_path, what):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    command += [str(script), what, str(file)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command += [distributed.__file__, str(folder / "results.pt")]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(file)
+    return torch.load(folder / "results.pt")
 
 
-def test_two_processes_train_and_evaluate_as_one(tmp_path):
+@TOGETHER
+def test_two_processes_train_and_evaluate_as_one(two_processes):
     """On the same global batches. The mean is over the pseudo-labels kept in both processes' halves together."""
-    two = launch(tmp_path, "ddp")
-    one = distributed.ddp()
+    two, one = two_processes["ddp"], distributed.ddp()
     assert (one["processes"], two["processes"]) == (1, 2)
     for name in (*distributed.TRAININGS, "stream"):
         torch.testing.assert_close(two[name]["parameters"], one[name]["parameters"], rtol=0, atol=1e-5, msg=name)
@@ -236,10 +238,10 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path):
     assert two["plain"]["task vectors"] > 0 and two["plain"]["task vectors sent"] == 0
 
 
-def test_task_vectors_in_parts_train_as_whole_ones(tmp_path):
+@TOGETHER
+def test_task_vectors_in_parts_train_as_whole_ones(two_processes):
     """And take half as many entries in each of two processes, but for what fills up the last part."""
-    two = launch(tmp_path, "sharded")
-    one = distributed.sharded()
+    two, one = two_processes["sharded"], distributed.sharded()
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
     for name, ours in one.items():
         theirs = two[name]
@@ -251,17 +253,18 @@ def test_task_vectors_in_parts_train_as_whole_ones(tmp_path):
         assert ours["entries"] / 2 <= theirs["entries"] < ours["entries"] / 1.9
 
 
-def test_two_processes_resume_as_if_never_stopped(tmp_path):
+@TOGETHER
+def test_two_processes_resume_as_if_never_stopped(two_processes):
     """Bitwise, in both processes, each with its own random states."""
-    two = launch(tmp_path, "resuming")
+    two = two_processes["resuming"]
     assert len(two["different"]) == 4 and not any(chain(*two["different"].values())), two["different"]
     assert two["random states"] == 2
 
 
-def test_sharded_with_fsdp2(tmp_path):
+@TOGETHER
+def test_sharded_with_fsdp2(two_processes):
     """`fully_shard` in two processes, half a batch in each; Accelerate itself has FSDP for accelerators only."""
-    two = launch(tmp_path, "fsdp")
-    one = distributed.fsdp()
+    two, one = two_processes["fsdp"], distributed.fsdp()
     assert two["sharded"] and not one["sharded"]
     for task in distributed.CLASSES:
         torch.testing.assert_close(two[f"logits {task}"], one[f"logits {task}"][::2], rtol=0, atol=1e-5)

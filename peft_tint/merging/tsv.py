@@ -1,22 +1,40 @@
 import torch
 
-from ._stack import each
+from ._stack import stack, tensor_names
 from ._svd import polar, svd
 
 
-def tsv(task_vectors):
+def tsv(task_vectors, untruncated=()):
     """TSV-M: task singular vectors, decorrelated between the tasks (https://arxiv.org/abs/2412.00081).
 
     Of each matrix (m, n), each of T tasks gives its top int(min(m, n) / T) singular triplets (at least one, where the
     released code would lose the tensor); U and V of all tasks together are replaced by their polar factors and the
     singular values are kept. All but matrices: the mean. Lossy by the truncation, except for one task alone.
+
+    `untruncated`, a text or a list, leaves the paper: tensors that have it in their names are summed as they are. It is
+    for token embeddings, such as `["word_embeddings"]`: a row is a token's own, and tasks that use other tokens change
+    other rows, which is of high rank and does not interfere. Raises ValueError where no tensor has it in its name.
     """
-    return each(task_vectors, _merge)
+    return _each(task_vectors, untruncated, _merge, lambda stacked: stacked.sum(0))
 
 
-def tsv_parts(task_vectors):
+def tsv_parts(task_vectors, untruncated=()):
     """Each task's part in `tsv`: its own decorrelated triplets; of all but matrices, its share in the mean."""
-    return each(task_vectors, _parts)
+    return _each(task_vectors, untruncated, _parts, lambda stacked: stacked)
+
+
+def _each(task_vectors, untruncated, merge, keep):
+    texts = [untruncated] if isinstance(untruncated, str) else untruncated
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`untruncated` is {untruncated!r}; give a text or a list of texts, parts of tensors' names.")
+    names = tensor_names(task_vectors)
+    kept = {name for name in names if any(text in name for text in texts)}
+    if texts and not kept and len(names) > 1:  # of tensors that come one by one, others may have it
+        raise ValueError(
+            f"`untruncated` is {untruncated!r}, in no tensor's name; give a part of one like {names[0]!r}."
+        )
+    for name in names:
+        yield name, (keep if name in kept else merge)(stack(task_vectors, name))
 
 
 def _merge(stacked):
