@@ -1,9 +1,12 @@
 import json
+import multiprocessing
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
@@ -20,6 +23,8 @@ from safetensors.torch import load_file
 from test_save_merged import make_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["evaluate", "matplotlib.pyplot", "peft", "transformers.trainer"])
 GLUE = {
     "cola": (("sentence",), 2),
     "sst2": (("sentence",), 2),
@@ -39,10 +44,28 @@ METRICS = {
 PICTURES = ["accuracy", "coefficients", "cross_task_after", "cross_task_before", "similarity", "training"]
 
 
-def run(script, *flags, launch=False, environment=None):
-    """As a user runs it. Returns what it printed."""
+def run(script, *flags):
+    """As a user runs it, in a process that has the libraries imported. Returns what it printed."""
+    with TemporaryDirectory() as folder:
+        process = FORKS.Process(target=_run, args=(folder, str(EXAMPLES / script), [str(flag) for flag in flags]))
+        process.start()
+        process.join()
+        out, error = ((Path(folder) / name).read_text() for name in ("out", "error"))
+    assert process.exitcode == 0, error[-4000:]
+    return out
+
+
+def _run(folder, script, flags):
+    for number, name in ((1, "out"), (2, "error")):
+        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+    sys.argv, sys.path[0] = [script, *flags], os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+def start(script, *flags, launch=False, environment=None):
+    """The same from nothing; `launch` in two processes on the CPU."""
     command = [sys.executable]
-    if launch:  # in two processes on the CPU
+    if launch:
         settings = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
         command += ["-m", "accelerate.commands.launch", *settings.split(), "--main_process_port", "0"]
         environment = {"ACCELERATE_USE_CPU": "true"}
@@ -52,7 +75,6 @@ def run(script, *flags, launch=False, environment=None):
     command += [str(EXAMPLES / script), *map(str, flags)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 def pairs(sources):
@@ -135,15 +157,8 @@ def test_glue_of_two_processes_is_that_of_one(glue, tmp_path):
     file.write_text(json.dumps({**arguments, "max_steps": 9, "disable_tqdm": True, "cross_task_samples": 0}))
     flags = [file, "--max_steps", "2"]
     run("glue/run_glue_tint.py", *flags, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 8)
-    run(
-        "glue/run_glue_tint.py",
-        *flags,
-        "--output_dir",
-        tmp_path / "two",
-        "--per_device_train_batch_size",
-        4,
-        launch=True,
-    )
+    flags += ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", 4]
+    start("glue/run_glue_tint.py", *flags, launch=True)
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert list(one) == list(two) == ["experts", "supervised", "tint"]
     assert two["experts"] == one["experts"]
@@ -179,7 +194,7 @@ def test_glue_takes_base_and_experts_from_the_hub_and_pushes(glue, tmp_path, mon
         flags += ["--data", f"sst2={data['sst2']}", f"rte={data['rte']}", "--cross_task_samples", 0]
         flags += ["--method", "tint", "--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "me/glue"]
         environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        run("glue/run_glue_tint.py", *flags, environment={**environment, "HF_HUB_CACHE": str(tmp_path / "cache")})
+        start("glue/run_glue_tint.py", *flags, environment={**environment, "HF_HUB_CACHE": str(tmp_path / "cache")})
         files = hub.repositories["me/glue"].files()
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= files.keys()
     assert b"sst2" in files["README.md"] and str(tmp_path).encode() not in b"".join(files.values())
@@ -306,9 +321,8 @@ def test_clip_configs_name_the_papers_tasks_with_all_that_they_need(count):
 
 def test_a_file_with_an_unknown_argument_is_refused(tmp_path):
     (tmp_path / "arguments.yaml").write_text("max_step: 3\n")
-    command = [sys.executable, EXAMPLES / "glue" / "run_glue_tint.py", tmp_path / "arguments.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "has 'max_step', which is no argument of run_glue_tint.py" in done.stderr
+    with pytest.raises(AssertionError, match=r"has 'max_step', which is no argument of run_glue_tint\.py"):
+        run("glue/run_glue_tint.py", tmp_path / "arguments.yaml")
 
 
 @pytest.mark.parametrize("parts", [("train", "validation", "test"), ("train", "test"), ("train",), ("test",)])
@@ -331,14 +345,11 @@ def test_rows_that_adapt_are_never_scored(parts, tmp_path):
 def test_quickstart(tmp_path):
     """As a user runs it, with experts hardly trained: table, pictures, adapter, reload in a fresh process, pipeline."""
     flags = ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--finetune_steps", "0.02"]
-    flags += ["--rows", "64"]
-    command = [sys.executable, EXAMPLES / "quickstart.py", *flags, "--max_steps", "2"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    printed = run("quickstart.py", *flags, "--rows", 64, "--max_steps", 2)
     for row in ("pretrained", "experts", "average", "task arithmetic 0.3", "AdaMerging", "Tint"):
-        assert f"\n{row}" in result.stdout
-    assert "gives equal logits for every task" in result.stdout
-    assert "roofs' -> " in result.stdout
+        assert f"\n{row}" in printed
+    assert "gives equal logits for every task" in printed
+    assert "roofs' -> " in printed
     sys.path.insert(0, str(EXAMPLES))
     import quickstart
 
