@@ -6,7 +6,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, islice
 from typing import NamedTuple
 from uuid import uuid4
@@ -590,12 +590,15 @@ class TintTrainer:
             sharded = self.model.peft_config[self.model.active_adapter].is_sharded
             sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
             expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
-            key = [expert, kind, self.accelerator.mixed_precision, self.args.bf16]
-            key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
+            key = [expert, kind, self.accelerator.mixed_precision, self.args.bf16, self._collator_hash]
             with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
                 self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description, not sharded)
         return self._cached[memo]
+
+    @cached_property
+    def _collator_hash(self):  # a tokenizer's takes up to seconds
+        return Hasher.hash([self._collate.collate, self._collate.columns])
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
