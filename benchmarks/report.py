@@ -44,12 +44,11 @@ def summary(seeds, experts):
 def table(rows, tasks):
     lines = ["| method | " + " | ".join(tasks) + " | normalised | CPU s | peak MB | MB of the models |"]
     lines.append("|---" * (len(tasks) + 5) + "|")
-    most = max(row["normalised"][2] for row in rows.values())
     for name, row in rows.items():
         mean, deviation, count = row["normalised"]
         cells = [f"{row['accuracy'][task]:.3f}" for task in tasks]
-        fewer = f" ({count} seed{'s' * (count > 1)})" if count < most else ""
-        cells.append(f"{mean:.1%}{f' ± {deviation:.1%}' if count > 1 else ''}{fewer}")
+        seeds = {1: " (one seed)", 3: ""}.get(count, f" ({count} seeds)")
+        cells.append(f"{mean:.1%}{f' ± {deviation:.1%}' if count > 1 else ''}{seeds}")
         cells += [f"{row['cpu_s']:.0f}", f"{row['peak_mb']:.0f}", f"{row['bytes'] / 1e6:.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -346,7 +346,7 @@ LAYERS = [
 @pytest.mark.parametrize("outer", LAYERS, ids=map(str, LAYERS))
 def test_tints_with_any_two_tint_layers(bert, tmp_path, outer):
     """Each is what it is alone: in its forward, merged, saved and loaded, and when the other has been deleted."""
-    for inner in LAYERS[LAYERS.index(outer) :]:
+    for inner in LAYERS:
         configs = {
             "default": TintConfig(experts={t: bert[1][t] for t in ("a", "b")}, tint_layer=outer),
             "second": TintConfig(experts={t: bert[1][t] for t in ("score", "a")}, tint_layer=inner),

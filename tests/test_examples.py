@@ -47,17 +47,24 @@ PICTURES = ["accuracy", "coefficients", "cross_task_after", "cross_task_before",
 def run(script, *flags):
     """As a user runs it, in a process that has the libraries imported. Returns what it printed."""
     with TemporaryDirectory() as folder:
-        process = FORKS.Process(target=_run, args=(folder, str(EXAMPLES / script), [str(flag) for flag in flags]))
+        files = [Path(folder) / "out", Path(folder) / "error"]
+        for file in files:
+            file.touch()
+        script, flags = str(EXAMPLES / script), [str(flag) for flag in flags]
+        process = FORKS.Process(target=_run, args=(dict(os.environ), files, script, flags))
         process.start()
-        process.join()
-        out, error = ((Path(folder) / name).read_text() for name in ("out", "error"))
+        process.join(300)
+        process.kill()
+        out, error = (file.read_text() for file in files)
     assert process.exitcode == 0, error[-4000:]
     return out
 
 
-def _run(folder, script, flags):
-    for number, name in ((1, "out"), (2, "error")):
-        os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
+def _run(environment, files, script, flags):
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY), number)
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
     sys.argv, sys.path[0] = [script, *flags], os.path.dirname(script)
     runpy.run_path(script, run_name="__main__")
 

@@ -59,7 +59,7 @@ BAD_ARGUMENTS = {
     "tall_masks": [{"mask_scale": 0}],
     "consensus": [{"mask_scale": -0.4}, {"min_tasks": 4}, {"min_tasks": 0}],
     "iso_cts": [{"common_space": 0}],
-    "tsv": [{"untruncated": 3}, {"untruncated": [None]}, {"untruncated": "of_nothing"}],
+    "tsv": [{"untruncated": value} for value in (3, [None], [""], ("embed",), "of_nothing", ["embed", "of_nothing"])],
     "wudi": [{"learning_rate": 0}, {"iterations": -1}],
     "slerp": [{"t": 1.1}],
     "karcher": [{"max_iterations": 0}, {"tolerance": 0}],

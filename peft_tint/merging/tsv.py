@@ -4,7 +4,7 @@ from ._stack import stack, tensor_names
 from ._svd import polar, svd
 
 
-def tsv(task_vectors, untruncated=()):
+def tsv(task_vectors, untruncated=None):
     """TSV-M: task singular vectors, decorrelated between the tasks (https://arxiv.org/abs/2412.00081).
 
     Of each matrix (m, n), each of T tasks gives its top int(min(m, n) / T) singular triplets (at least one, where the
@@ -13,28 +13,30 @@ def tsv(task_vectors, untruncated=()):
 
     `untruncated`, a text or a list, leaves the paper: tensors that have it in their names are summed as they are. It is
     for token embeddings, such as `["word_embeddings"]`: a row is a token's own, and tasks that use other tokens change
-    other rows, which is of high rank and does not interfere. Raises ValueError where no tensor has it in its name.
+    other rows, which is of high rank and does not interfere. Raises ValueError for a text in no tensor's name, unless
+    the tensors come one by one (`per_tensor`).
     """
     return _each(task_vectors, untruncated, _merge, lambda stacked: stacked.sum(0))
 
 
-def tsv_parts(task_vectors, untruncated=()):
+def tsv_parts(task_vectors, untruncated=None):
     """Each task's part in `tsv`: its own decorrelated triplets; of all but matrices, its share in the mean."""
     return _each(task_vectors, untruncated, _parts, lambda stacked: stacked)
 
 
 def _each(task_vectors, untruncated, merge, keep):
-    texts = [untruncated] if isinstance(untruncated, str) else untruncated
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+    texts = [untruncated] if isinstance(untruncated, str) else untruncated or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f"`untruncated` is {untruncated!r}; give a text or a list of texts, parts of tensors' names.")
     names = tensor_names(task_vectors)
-    kept = {name for name in names if any(text in name for text in texts)}
-    if texts and not kept and len(names) > 1:  # of tensors that come one by one, others may have it
-        raise ValueError(
-            f"`untruncated` is {untruncated!r}, in no tensor's name; give a part of one like {names[0]!r}."
-        )
+    for text in texts if len(names) > 1 else []:
+        if not any(text in name for name in names):
+            raise ValueError(
+                f"`untruncated` is {untruncated!r}, and {text!r} is in no tensor's name; give a part of one, such as "
+                f"{names[0]!r}."
+            )
     for name in names:
-        yield name, (keep if name in kept else merge)(stack(task_vectors, name))
+        yield name, (keep if any(text in name for text in texts) else merge)(stack(task_vectors, name))
 
 
 def _merge(stacked):

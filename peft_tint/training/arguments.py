@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-# The arguments with which a training that is resumed must have begun; the others may change
+# The arguments with which a training that is resumed must have begun; the others may change, but for `max_steps` where
+# the learning rate falls until then
 DECISIVE = (
     *("update", "learning_rate", "head_steps", "lr_scheduler_type"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),

@@ -6,7 +6,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import count, islice
 from typing import NamedTuple
 from uuid import uuid4
@@ -590,15 +590,12 @@ class TintTrainer:
             sharded = self.model.peft_config[self.model.active_adapter].is_sharded
             sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
             expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
-            key = [expert, kind, self.accelerator.mixed_precision, self.args.bf16, self._collator_hash]
+            key = [expert, kind, self.accelerator.mixed_precision, self.args.bf16]
+            key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
             with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
                 self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description, not sharded)
         return self._cached[memo]
-
-    @cached_property
-    def _collator_hash(self):  # a tokenizer's takes up to seconds
-        return Hasher.hash([self._collate.collate, self._collate.columns])
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -747,12 +744,12 @@ class TintTrainer:
     def _read_checkpoint(self, folder):
         """What `_save_checkpoint` saved of this very training: tensors, state, and random states of the processes."""
         tensors, state, random_states = read_state(folder)
+        settings = state["settings"]
         for name, value in self._settings().items():
-            before = state["settings"].get(name)  # None in a checkpoint of a version that did not know it
-            if before != value:
+            if settings.get(name) != value:
+                before = repr(settings[name]) if name in settings else "a version that did not know it"
                 raise ValueError(
-                    f"{name} is {value!r}, and {folder!r} was made with {before!r}. Resume with the same, or start "
-                    "anew."
+                    f"{name} is {value!r}, and {folder!r} was made with {before}. Resume with the same, or start anew."
                 )
         shapes = {name: parameter.shape for name, parameter in self._parameters().items()}
         saved = {name: value.shape for name, value in tensors["parameters"].items()}
