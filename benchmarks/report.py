@@ -1,12 +1,14 @@
 """The table and the picture of the results of `run.py`."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
+from matplotlib.transforms import Bbox
 
 matplotlib.use("Agg")
 README = Path(__file__).parent.parent / "README.md"
@@ -57,28 +59,42 @@ def table(rows, tasks):
 def plot(results, rows, experts, path):
     """Normalised accuracy against CPU time; lines are the courses of trainings, of the first seed that has one."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set_xscale("log", subs=[])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    label = "CPU seconds from the experts to the merged model (rings: one model a task)"
+    axes.set(xlabel=label, ylabel="normalised accuracy")
+    least = min(row["bytes"] for row in rows.values())
+    points = {}
     for name, row in rows.items():
+        accuracy = row["normalised"][0]
         if name in ("experts", "pretrained"):
-            axes.axhline(row["normalised"][0], color="0.6", linestyle=":", linewidth=1)
-            axes.annotate(
-                name,
-                (0, row["normalised"][0]),
-                (2, 2),
-                xycoords=("axes fraction", "data"),
-                size=7,
-                textcoords="offset points",
-            )
+            axes.axhline(accuracy, color="0.6", linestyle=":", linewidth=1)
+            axes.text(0.005, accuracy, name, transform=axes.get_yaxis_transform(), size=7, va="bottom")
             continue
-        (point,) = axes.plot(row["cpu_s"], row["normalised"][0], "o", markersize=4)
-        axes.annotate(name, (row["cpu_s"], row["normalised"][0]), (4, 2), textcoords="offset points", size=7)
+        points[name] = row["cpu_s"], accuracy
+        fill = "white" if row["bytes"] > 2 * least else None
+        (point,) = axes.plot(*points[name], "o", markersize=4, markerfacecolor=fill)
         for seed in results[name]:
             if seed.get("curve"):
                 _, seconds, accuracy = np.transpose(seed["curve"])
                 axes.plot(seconds, accuracy / experts[seed["seed"]]["mean"], color=point.get_color(), linewidth=0.8)
                 break
-    axes.set_xscale("log", subs=[])
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="CPU seconds from the experts to the merged model", ylabel="normalised accuracy")
+    add_names(figure, axes, points)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def add_names(figure, axes, points):
+    """Names beside their points, each at the first place where it covers no name and no point and stays inside."""
+    figure.canvas.draw()  # for its layout
+    frame = axes.get_window_extent()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(list(points.values()))]
+    for name, point in points.items():
+        text = axes.annotate(name, point, (0, 0), textcoords="offset points", size=7)
+        for x, y in product((5, -5, 0), (1, -7, 6, -12, 12)):
+            text.set(position=(x, y), ha={5: "left", -5: "right", 0: "center"}[x])
+            box = text.get_window_extent()
+            if frame.x0 < box.x0 and box.x1 < frame.x1 and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
