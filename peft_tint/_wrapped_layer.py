@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from abc import abstractmethod
 from contextlib import contextmanager
 from functools import partial
 from operator import attrgetter
@@ -45,17 +46,17 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         self.in_features = getattr(base_layer, "in_features", getattr(base_layer, "in_channels", None))
         self.out_features = getattr(base_layer, "out_features", getattr(base_layer, "out_channels", None))
 
+    @abstractmethod
     def _terms(self, adapter_names=None):
         """(parameter name, coefficients of shape (tasks,), TaskVectors) of all that is added to the base."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _has_terms(self, adapter_name) -> bool:
         """Whether the adapter adds anything here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _changes(self, name) -> bool:
         """Whether any adapter changes the parameter of this name."""
-        raise NotImplementedError
 
     def merged_tensors(self, adapter_names=None, low_rank=True) -> dict[str, torch.Tensor]:
         """The merged value of each parameter that the given adapters (default: the active ones) change."""

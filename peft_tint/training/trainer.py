@@ -764,9 +764,10 @@ class TintTrainer:
         """What decides a training and must be the same when it is resumed, as JSON has it. Of the data the number of
         samples: their fingerprints may be random."""
         config = self.model.peft_config[self.model.active_adapter].to_dict()
-        falls = self.args.lr_scheduler_type != "constant"  # so that the last step decides the rate of each
+        # the rate of a step that falls to zero is decided by the last one
+        names = DECISIVE if self.args.lr_scheduler_type == "constant" else (*DECISIVE, "max_steps")
         return {
-            **{f"`{name}`": getattr(self.args, name) for name in (*DECISIVE, *(["max_steps"] if falls else []))},
+            **{f"`{name}`": getattr(self.args, name) for name in names},
             **{f"`{name}` of the model": config[name] for name in DECISIVE_OF_MODEL},
             "the objective": getattr(self.objective, "__name__", type(self.objective).__name__),
             "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
