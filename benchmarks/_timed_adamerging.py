@@ -79,6 +79,7 @@ def peft_tint(base, experts, steps, batch_size, clock):
         per_device_train_batch_size=batch_size,
         logging_steps=1,
         disable_tqdm=True,
+        bf16=False,
     )
     TintTrainer(model, arguments, data, objective="entropy", callbacks=[lambda trainer, logs: clock()]).train()
     values, _, units = model.coefficients()

@@ -43,9 +43,7 @@ def main():
                 head_steps=0,
                 lr_scheduler_type="constant",
                 seed=args.seed,
-                bf16=True,
                 collapse_guard=guard,
-                disable_tqdm=True,
                 **settings,
             )
             trainer = TintTrainer(model, arguments, adaptation, evaluation, objective, data_collator=collate)

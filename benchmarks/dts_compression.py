@@ -105,6 +105,7 @@ def report(args, rows):
         "config": {"threads": args.threads, "settings": SETTINGS},
         "versions": {library.__name__: library.__version__ for library in (torch, transformers)},
         "machine": f"{platform.machine()}, {args.threads} thread",
+        "precision": "float32",
         "full_svd_over_truncated_svd": full / truncated,
         "results": rows,
     }

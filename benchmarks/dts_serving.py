@@ -39,6 +39,7 @@ def main():
         "config": {key: value for key, value in vars(args).items() if key != "output"},
         "versions": {library.__name__: library.__version__ for library in libraries},
         "machine": f"{platform.machine()}, {args.threads} thread(s)",
+        "precision": "float32",
         "results": results,
     }
     with open(args.output, "w") as file:

@@ -51,7 +51,8 @@ def main():
         "config": {name: getattr(args, name) for name in ("experts", "batch_size", "steps")},
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)},
         "fusionbench_versions": dict(zip(*[iter(theirs.split())] * 2, strict=True)),
-        "machine": f"{platform.machine()}, 1 thread, float32",
+        "machine": f"{platform.machine()}, 1 thread",
+        "precision": "float32",
         "rows": rows,
     }
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n")

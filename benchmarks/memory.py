@@ -47,7 +47,7 @@ def main():
         rows.append(json.loads(output.strip().rsplit("\n", 1)[-1]))
         print(rows[-1], flush=True)
     versions = {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)}
-    result = {"versions": versions, "machine": f"{platform.machine()}, 1 thread, float32", "rows": rows}
+    result = {"versions": versions, "machine": f"{platform.machine()}, 1 thread", "precision": "float32", "rows": rows}
     Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -59,7 +59,7 @@ def measure(work, count, dtype, update):
     model = get_peft_model(base, TintConfig(experts=experts, task_vectors_dtype=dtype))
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     data = {task: Dataset.from_dict({"pixel_values": pixels.tolist()}).with_format("torch") for task in experts}
-    arguments = TintTrainingArguments(str(work / "out"), max_steps=2, update=update, disable_tqdm=True)
+    arguments = TintTrainingArguments(str(work / "out"), max_steps=2, update=update, bf16=False)
     TintTrainer(model, arguments, data).train()
     computed = parameters * (count * (2 if dtype else 4) + 4 + (4 if update == "joint" else 0)) / 2**20
     row = {"experts": count, "parameters": parameters, "task_vectors_dtype": dtype or "float32", "update": update}

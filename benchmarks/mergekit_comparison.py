@@ -82,7 +82,8 @@ def main():
         "config": config | {"experts": len(EXPERTS), "settings": {method: METHODS[method] for method in args.methods}},
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)},
         "mergekit_versions": mergekit_versions(args),
-        "machine": f"{platform.machine()}, 1 thread, float32",
+        "machine": f"{platform.machine()}, 1 thread",
+        "precision": "float32",
         "rows": rows,
     }
     with open(args.output, "w") as file:

@@ -177,14 +177,14 @@ class Experiment:
         config, args = self.config, self.args
         model = get_peft_model(self.load(self.base_folder), TintConfig(experts=self.experts, **config["config"]))
         adaptation = {task: split["adapt"].remove_columns("label") for task, split in self.splits.items()}
-        settings = {"bf16": True, "seed": args.seed, "disable_tqdm": True, **config["training"]}
+        settings = {"seed": args.seed, **config["training"]}
         arguments = TintTrainingArguments(os.path.join(args.experts, "out"), **settings)
         trainer = Timed(model, arguments, adaptation, objective=config["objective"], data_collator=collate)
         trainer.experiment = self
 
         def predict(task, batch):
             model.set_task(task)
-            return trainer._forward(model, batch).logits
+            return trainer._forward(batch).logits
 
         trainer.predict, trainer.eval_dataset = predict, adaptation
         trainer.train()
@@ -232,7 +232,7 @@ class Experiment:
     def features(self, model, trainer, batch):
         found = []
         hook = model.head_layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0].float()))
-        trainer._forward(model, batch)
+        trainer._forward(batch)
         hook.remove()
         return found[0]
 

@@ -36,7 +36,7 @@ def main():
     def run(name, model, steps=0):
         """Trains for the steps, and notes the accuracies of the model and of its experts, and the CPU time."""
         recipe = {"head_steps": 0, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
-        arguments = TintTrainingArguments(args.experts, steps or 1, bf16=True, seed=args.seed, **recipe)
+        arguments = TintTrainingArguments(args.experts, steps or 1, seed=args.seed, **recipe)
         trainer = TintTrainer(model, arguments, adaptation, evaluation, "pseudo_label", data_collator=collate)
         started = time.process_time()
         if steps:

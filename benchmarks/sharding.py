@@ -48,6 +48,7 @@ def main():
     result = {
         "experts": args.experts,
         "torch": torch.__version__,
+        "precision": "float32",
         "processes": results,
         "ratios": ratios,
         "largest difference of a coefficient": (coefficients[0] - coefficients[1]).abs().max().item(),
@@ -115,7 +116,7 @@ def train(args):
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "adam_epsilon": 1e-4,
-        "disable_tqdm": True,
+        "bf16": False,
     }
     TintTrainer(model, TintTrainingArguments(str(args.work / "out"), **settings), data).train()
     found = [module.dense for module in model.modules() if isinstance(module, TaskVectors)]

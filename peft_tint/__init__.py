@@ -12,7 +12,7 @@ from .merging._lora import extract_lora
 from .merging._models import merge
 from .preflight import ExpertsReport, check_experts
 from .tint import Coefficients, TintConfig, TintModel, from_experts, hotswap_adapter, set_task
-from .training import OBJECTIVES, TintTrainer, TintTrainingArguments
+from .training import OBJECTIVES, TintTrainer, TintTrainingArguments, bf16_is_native
 
 register("TINT", TintConfig, TintModel)
 register("DTS", DtsConfig, DtsModel)
@@ -32,6 +32,7 @@ __all__ = [
     "TintModel",
     "TintTrainer",
     "TintTrainingArguments",
+    "bf16_is_native",
     "check_experts",
     "compress",
     "extract_lora",

@@ -8,6 +8,8 @@ import torch
 from models import ARCHITECTURES, make_experts
 from transformers.utils import logging
 
+from peft_tint.training import precision
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
@@ -15,6 +17,14 @@ logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def has_bf16(monkeypatch):
+    """What processor the tests run on does not decide what they compute in: `has_bf16(True)` does."""
+    set_to = lambda native: monkeypatch.setattr(precision, "bf16_is_native", lambda device=None: native)  # noqa: E731
+    set_to(False)
+    return set_to
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -50,7 +50,7 @@ def test_a_stream_of_the_batches_of_a_training_is_that_training(tmp_path, object
     data = {task: Dataset.from_dict({"x": values.tolist()}) for task, values in x.items()}
     settings = {"max_steps": 12, "per_device_train_batch_size": 8, "learning_rate": 0.2, "output_dir": str(tmp_path)}
     trained, batches = make_trainer(objective, data, **settings), []
-    trained._backward = lambda *args, original=trained._backward: (batches.append(args[1:3]), original(*args))[1]
+    trained._backward = lambda *args, original=trained._backward: (batches.append(args[:2]), original(*args))[1]
     trained.train()
     assert len(batches) == 24
     for cached in (True, False):

@@ -31,7 +31,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
-from peft_tint import TintTrainingArguments
+from peft_tint import TintTrainingArguments, bf16_is_native
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 BASE, EXPERTS = "openai-community/gpt2", {task: f"tanganke/gpt2_{task}" for task in GLUE if task != "stsb"}
@@ -43,7 +43,7 @@ METRICS = {
 DATA = Path(__file__).parent.parent / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "glue"
 # What few minutes want. BERT's pooler is half of its head
-FEW_MINUTES = {"transform": "tsv", "tint_layer": ["pooler", "classifier"], "learning_rate": 3e-3, "bf16": True}
+FEW_MINUTES = {"transform": "tsv", "tint_layer": ["pooler", "classifier"], "learning_rate": 3e-3}
 FEW_MINUTES |= {"adamerging_steps": 60, "max_eval_samples": 400, "max_seq_length": 40}
 # embedded task: steps of fine-tuning, and of examples/data what it is made of
 EMBEDDED = {"movies": (120, "movies"), "nouns": (150, "nouns"), "better": (100, "tweets"), "rating": (120, "products")}
@@ -139,8 +139,8 @@ def finetuning(folder, steps):
         lr_scheduler_type="linear",
         warmup_steps=min(30, steps),
         weight_decay=0.01,
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16_is_native(),
+        use_cpu=PartialState().device.type == "cpu",
         seed=0,
         logging_strategy="no",
         save_strategy="no",

@@ -46,7 +46,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_tint import TintTrainingArguments
+from peft_tint import TintTrainingArguments, bf16_is_native
 
 CLIP_8 = Path(__file__).parent / "configs" / "clip_8.json"
 # What few minutes want
@@ -190,8 +190,8 @@ def finetuning(folder, steps, learning_rate):
         learning_rate=learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=min(30, steps),
-        bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16_is_native(),
+        use_cpu=PartialState().device.type == "cpu",
         seed=0,
         logging_strategy="no",
         save_strategy="no",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 DECISIVE = (
     *("update", "learning_rate", "head_steps", "lr_scheduler_type"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16", "fp16"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
     *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 # What of the model's config does not show in the names and shapes of its parameters
@@ -58,8 +58,16 @@ class TintTrainingArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per task and update."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
     seed: int = field(default=42, metadata={"help": "Seed of the order of tasks and data."})
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast."})
-    fp16: bool = field(default=False, metadata={"help": "float16 autocast (GPU only)."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "bfloat16 autocast. None: as Accelerate is configured, or else for a float32 model on a device "
+            "that computes bfloat16 natively (`bf16_is_native`).",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    fp16: bool = field(default=False, metadata={"help": "float16 autocast with a gradient scaler (not on CPUs)."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between entries of the log."})
     eval_steps: int | None = field(
         default=None, metadata={"help": "Steps between evaluations; None: none in training."}

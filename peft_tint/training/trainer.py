@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -35,6 +36,7 @@ from .arguments import DECISIVE, DECISIVE_OF_MODEL, TintTrainingArguments
 from .collapse import CollapseGuard, Snapshot, Window
 from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
 from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, entropy, feature_l1
+from .precision import choose_autocast, describe_precision
 from .resuming import (
     check_output_dir,
     find_checkpoint,
@@ -100,10 +102,7 @@ class TintTrainer:
             )
         self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
         self.log_history: list[dict] = []
-        # bfloat16 needs autocast only, which is ours, so that trainers of one process may differ in it; float16 needs
-        # Accelerate's gradient scaler
         self.accelerator = Accelerator(
-            mixed_precision="fp16" if self.args.fp16 else None,
             log_with=None if self.args.report_to == "none" else self.args.report_to,
             project_dir=self.args.output_dir,
         )
@@ -115,6 +114,12 @@ class TintTrainer:
                 "PyTorch's `fully_shard(model, ignored_params=the trainable parameters)` the base."
             )
         self.model.to(self.accelerator.device)
+        # Accelerate has one precision for a process, and trainers may differ in it: autocast and scaler are ours
+        self._autocast = choose_autocast(self.args, self.accelerator, model)
+        self.precision = describe_precision(self._autocast, model)
+        self.accelerator.scaler = None
+        if self._autocast is torch.float16:
+            self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type)
         self._collate = self._make_collator(data_collator)
         unlabelled = None if self._collate.columns is None else self._collate.columns - set(LABELS)
         self._collate_unlabelled = Collator(self._collate.collate, unlabelled)
@@ -193,20 +198,23 @@ class TintTrainer:
             check_output_dir(args.output_dir, saved[1]["step"] if saved else 0)
             get_peft_model_state_dict(self.model, save_embedding_layers=False)  # raises if the adapter cannot be saved
         set_seed(args.seed)
-        model = self._prepare()
+        self._prepare()
+        if not self._is_quiet():
+            tasks = ", ".join(self.train_dataset)
+            print(f"Training {tasks} on {self.accelerator.device} in {self.precision}", file=sys.stderr, flush=True)
         try:
             if args.report_to != "none":
                 scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
-                self.accelerator.init_trackers("peft_tint", scalars)
-            self._train(model, saved)
+                self.accelerator.init_trackers("peft_tint", {**scalars, "precision": self.precision})
+            self._train(saved)
         finally:
-            self._finish(model)
+            self._finish()
             self.model.set_task(before)
         loss = self._progress.loss / max(self._progress.batches, 1)
         metrics = {"train_runtime": time.perf_counter() - started, "train_loss": loss}
         return TrainOutput(self._progress.step, loss, metrics)
 
-    def _train(self, model, saved):
+    def _train(self, saved):
         """The loop."""
         args, progress = self.args, self._progress
         if saved:
@@ -222,8 +230,8 @@ class TintTrainer:
             if args.load_best_model_at_end:
                 self._evaluate_state()
             with self.model.reuse_merged_weights():
-                self._fit_heads(model)
-        bar = self._bar(range(progress.step + 1, args.max_steps + 1), "tinting")
+                self._fit_heads()
+        bar = self._bar("tinting", range(progress.step + 1, args.max_steps + 1))
         for step in bar:
             progress.step, last = step, step == args.max_steps
             tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
@@ -233,7 +241,7 @@ class TintTrainer:
                 reuses = len(passes) > 1 and progress.guard is None
                 with self.model.reuse_merged_weights() if reuses else nullcontext():
                     for task in passes:
-                        self._backward(model, task, next(batches[task]), args.gradient_accumulation_steps)
+                        self._backward(task, next(batches[task]), args.gradient_accumulation_steps)
                 self._update()
             with warnings.catch_warnings():  # of steps without an update, for which nothing was to learn
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -252,7 +260,7 @@ class TintTrainer:
             self._log({"step": progress.step, "best_step": best.step, f"best_{args.metric_for_best_model}": best.value})
             self._set_parameters(best.parameters)
 
-    def _fit_heads(self, model):
+    def _fit_heads(self):
         """Linear probing before fine-tuning (https://arxiv.org/abs/2202.10054): fits each task's head by the objective
         to the features that the merged model has at the start. Each process does all of it."""
         heads, losses = [layer for layer in self.model.head_layers if layer in self.model.tint_layers], []
@@ -263,13 +271,13 @@ class TintTrainer:
             if objective is entropy:
                 continue
             self.model.set_task(task)
-            features, expert_rows = self._features(model, head, task, dataset)
+            features, expert_rows = self._features(head, task, dataset)
             if features is None:
                 continue
             parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
             optimizer = torch.optim.Adam(parameters, self._optimizer.param_groups[0]["initial_lr"])
             scheduler = get_scheduler("cosine", optimizer, 0, self.args.head_steps)
-            for _ in range(self.args.head_steps):
+            for _ in self._bar(f"fitting the head of {task}", range(self.args.head_steps), leave=False):
                 loss = objective(head(features), expert_rows, None)
                 loss.backward()
                 optimizer.step()
@@ -287,7 +295,7 @@ class TintTrainer:
             self._log({"step": 0, "head_loss": float(np.mean(losses))})
 
     @torch.no_grad()
-    def _features(self, model, head, task, dataset):
+    def _features(self, head, task, dataset):
         """What a task's head gets, of shape (samples, features), and the expert's rows; (None, None) where it gets more
         than one vector a sample, or its output is not that of the model."""
         found, expert_rows = [], []
@@ -301,10 +309,10 @@ class TintTrainer:
         )
         hook = head.register_forward_hook(lambda module, args, output: found.append((*args, output)))
         try:
-            for batch in loader:
+            for batch in self._bar(f"features of {task}", loader, leave=False):
                 batch = send_to_device(batch, self.accelerator.device)
                 expert_rows.append(batch[EXPERT_ROWS])
-                compared = self._forward(model, batch).compared[0]
+                compared = self._forward(batch).compared[0]
                 axes = [getattr(value, "ndim", None) for value in found[-1]] if found else None
                 if len(found) != len(expert_rows) or axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
                     return None, None
@@ -320,7 +328,8 @@ class TintTrainer:
         values, tasks, units = self.model.coefficients()
         drift = (values - progress.coefficients).abs().sum(1) / max(len(units), 1)
         drifts = {f"drift_{task}": value for task, value in zip(tasks, drift.tolist(), strict=True)}
-        self._log({"step": progress.step, **summary, "drift": drift.mean().item(), **window.per_task(), **drifts})
+        measures = {**summary, "drift": drift.mean().item(), **window.per_task(), **drifts}
+        self._log({"step": progress.step, "precision": self.precision, **measures})
         agreement, start = window.means("agreement"), window.means("start_agreement")
         if not start:
             return False
@@ -349,18 +358,19 @@ class TintTrainer:
                     f"`batch[{name!r}]` is a {type(value).__name__}; it must be a tensor, as a data collator or a "
                     "tokenizer with `return_tensors='pt'` gives it. Leave out what the model does not take."
                 )
-        model = self._prepare() if self._optimizer is None else self._prepared
+        if self._optimizer is None:
+            self._prepare()
         samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
         progress, args = self._progress, self.args
         if progress.collapsed:
             self.model.set_task(task)
             with torch.no_grad():
-                return self._forward(model, samples).logits
+                return self._forward(samples).logits
         alone = self._objective_of(task, self.objective) is entropy and progress.guard is None
         if EXPERT_ROWS not in samples and not alone:
             with torch.no_grad(), self.model.expert(task):
-                samples[EXPERT_ROWS] = self._forward(self.model, samples).compared[0]
-        logits = self._backward(model, task, samples, 1)
+                samples[EXPERT_ROWS] = self._forward(samples).compared[0]
+        logits = self._backward(task, samples, 1)
         self._update()
         progress.step += 1
         if progress.step % args.logging_steps == 0:
@@ -369,7 +379,7 @@ class TintTrainer:
         return logits
 
     def _prepare(self):
-        """The model and its optimizer, as Accelerate wants them."""
+        """Makes the optimizer, and what goes on beside it."""
         parameters = list(self._parameters().values())
         if not parameters:
             raise ValueError(
@@ -389,9 +399,8 @@ class TintTrainer:
         self.model.eval()
         layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
         self._checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
-        # Not DDP: what trains is small, so one exchange an update does, and a step leaves tint layers of other tasks
-        # without a gradient, which DDP takes for an error
-        self._prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        # Not the model, for DDP: what trains is small, so one exchange an update does, and a step leaves tint layers of
+        # other tasks without a gradient, which DDP takes for an error
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
         for parameter in parameters:
             parameter.data.copy_(broadcast(parameter.data))
@@ -399,7 +408,6 @@ class TintTrainer:
         self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
         if args.collapse_guard is not None:
             self._progress.guard = CollapseGuard(args.collapse_guard, self._copy_parameters())
-        return self._prepared
 
     def _parameters(self):
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -411,24 +419,20 @@ class TintTrainer:
         for name, parameter in self._parameters().items():
             parameter.data.copy_(values[name])
 
-    def _finish(self, model):
-        # Accelerate has put its autocast, or when unwrapping a method bound to this very model, in place of the class's
-        # `forward`; a copy of the model would go on calling this one
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        vars(self.model).pop("forward", None)
-        self._optimizer = self._prepared = None
+    def _finish(self):
+        self._optimizer = None
         self.accelerator.free_memory()
         if self.args.report_to != "none":
             self.accelerator.end_training()
 
-    def _backward(self, model, task, batch, share):
+    def _backward(self, task, batch, share):
         """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
         objective, progress = self._objective_of(task, self.objective), self._progress
         expert_rows = batch.get(EXPERT_ROWS)  # None in a stream where nothing takes it
-        start_rows = self._start_rows(model, batch) if progress.guard is not None else None
+        start_rows = self._start_rows(batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
-            output = self._forward(model, batch)
+            output = self._forward(batch)
         rows = output.compared[0]
         if expert_rows is not None and rows.shape != expert_rows.shape:
             raise ValueError(
@@ -464,14 +468,14 @@ class TintTrainer:
         return self._problem_type(task) not in ("regression", "multi_label_classification")
 
     @torch.no_grad()
-    def _start_rows(self, model, batch):
+    def _start_rows(self, batch):
         """What the parameters of the start give for a batch."""
         parameters = self._parameters()
         now = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, value in self._progress.guard.start.parameters.items():
                 parameters[name].data = value.to(now[name].device)
-            return self._of_all_processes(self._forward(model, batch).compared[0])
+            return self._of_all_processes(self._forward(batch).compared[0])
         finally:
             for name, value in now.items():
                 parameters[name].data = value
@@ -508,7 +512,7 @@ class TintTrainer:
         self._optimizer.zero_grad(set_to_none=True)
         self._loss_since_update = 0.0
 
-    def _forward(self, model, batch) -> "_Output":
+    def _forward(self, batch) -> "_Output":
         mask = self._attention_mask(batch)
         inputs = {key: value for key, value in batch.items() if key != EXPERT_ROWS and key not in LABELS}
         features, hooks = [], []
@@ -516,9 +520,8 @@ class TintTrainer:
             head = self.model.head_layers[0]
             hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
         try:
-            bf16 = torch.autocast(self.accelerator.device.type, torch.bfloat16) if self.args.bf16 else nullcontext()
-            with self.accelerator.autocast(), bf16:
-                output = model(**inputs)
+            with torch.autocast(self.accelerator.device.type, self._autocast, self._autocast is not None):
+                output = self.model(**inputs)
                 logits = output_of(output).float()
         finally:
             for hook in hooks:
@@ -578,7 +581,7 @@ class TintTrainer:
         @torch.no_grad()
         def compute(samples):
             batch = self._collate_unlabelled(samples)
-            output = self._forward(self.model, {k: v.to(self.accelerator.device) for k, v in batch.items()})
+            output = self._forward({k: v.to(self.accelerator.device) for k, v in batch.items()})
             rows, counts = output.rows if logits else output.compared
             return rows.split(counts)
 
@@ -590,7 +593,7 @@ class TintTrainer:
             sharded = self.model.peft_config[self.model.active_adapter].is_sharded
             sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
             expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
-            key = [expert, kind, self.accelerator.mixed_precision, self.args.bf16]
+            key = [expert, kind, self.precision]
             key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
             with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
@@ -611,21 +614,22 @@ class TintTrainer:
             raise ValueError("`eval_dataset` is missing; give {task: Dataset}.")
         before, results = self.model.task, {}
         self.model.eval()
-        with self.model.reuse_merged_weights():
-            for task, dataset in self._bar(datasets.items(), "evaluating", leave=False):
-                results[task] = self._metrics(task, *self._predict(task, dataset))
+        loaders = {task: self._eval_loader(task, dataset) for task, dataset in datasets.items()}
+        batches = sum(map(len, loaders.values()))
+        with self.model.reuse_merged_weights(), self._bar("evaluating", total=batches, leave=False) as bar:
+            for task, loader in loaders.items():
+                results[task] = self._metrics(task, *self._predict(task, loader, bar))
         self.model.set_task(before)
         names = dict.fromkeys(name for metrics in results.values() for name in metrics)
         return {**results, "mean": {n: float(np.mean([m[n] for m in results.values() if n in m])) for n in names}}
 
-    def _predict(self, task, dataset):
+    def _predict(self, task, loader, bar):
         """Rows of the merged model and of the expert, and the labels of the rows (None without labels)."""
-        loader = self._eval_loader(task, dataset)
         self.model.set_task(task)
         samples = []
         for batch in loader:
             label = next((batch[key] for key in LABELS if key in batch), None)
-            output = self._forward(self.model, batch)
+            output = self._forward(batch)
             rows, counts = output.rows
             found = [rows, batch[EXPERT_ROWS]]
             if label is not None:
@@ -633,6 +637,7 @@ class TintTrainer:
             # sample by sample: processes have other numbers of rows, and samples that filled up the last batch go
             split = [value.float().cpu().split(counts) for value in found]
             samples += self.accelerator.gather_for_metrics(list(zip(*split, strict=True)), use_gather_object=True)
+            bar.update()
         columns = [torch.cat(column).numpy() for column in zip(*samples, strict=True)]
         return columns if len(columns) == 3 else [*columns, None]
 
@@ -705,6 +710,7 @@ class TintTrainer:
         settings = {"objective": getattr(self.objective, "__name__", "a function"), "steps": steps}
         for name in ("update", "per_device_train_batch_size", "seed"):
             settings[name.replace("_", " ")] = getattr(self.args, name)
+        settings["precision"] = self.precision
         return {"processing_class": self.processing_class, "training": settings if steps else None}
 
     def _save_checkpoint(self):
@@ -772,6 +778,7 @@ class TintTrainer:
             "the objective": getattr(self.objective, "__name__", type(self.objective).__name__),
             "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
             "the number of processes": self.accelerator.num_processes,
+            "the precision": self.precision,
         }
 
     def _load_state(self, tensors, state):
@@ -795,13 +802,15 @@ class TintTrainer:
 
     # ---- beside ------------------------------------------------------------------------------------------------------
 
-    def _bar(self, items, description, leave=True):
-        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
-        return tqdm(items, desc=description, disable=hidden, leave=leave)
+    def _is_quiet(self):
+        return self.args.disable_tqdm or not self.accelerator.is_main_process
+
+    def _bar(self, description, items=None, total=None, leave=True):
+        return tqdm(items, description, total, leave, disable=self._is_quiet())
 
     def _log(self, logs):
         self.log_history.append(logs)
-        self.accelerator.log({k: v for k, v in logs.items() if k != "step"}, step=logs["step"])
+        self.accelerator.log({k: v for k, v in logs.items() if k not in ("step", "precision")}, step=logs["step"])
         for callback in self.callbacks:
             callback(self, logs)
 
