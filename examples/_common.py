@@ -1,7 +1,10 @@
 """What the examples share: arguments, data, the ways to merge and their scores, the table, pictures and files."""
 
 import json
+import os
 import sys
+import threading
+import time
 import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -28,6 +31,16 @@ from peft_tint import MERGING_METHODS, TintConfig, TintTrainer, check_experts, m
 from peft_tint.plots import plot_accuracy, plot_coefficients, plot_cross_task, plot_similarity, plot_training
 
 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # libraries, about themselves
+
+
+def _end_with_launcher(launcher=os.getppid()):  # noqa: B008, the parent at this moment
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(1)
+
+
+if "TORCHELASTIC_RUN_ID" in os.environ:  # by `accelerate launch`, whose processes would outlive it if it were killed
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 STRINGS = ("string", "large_string")

@@ -2,14 +2,17 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # float32 by default, also in processes of the tests' own
 
 import pytest
 import torch
 from models import ARCHITECTURES, make_experts
+from processes import watch_over_children
 from transformers.utils import logging
 
 from peft_tint.training import precision
 
+watch_over_children()
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 
@@ -21,7 +24,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def has_bf16(monkeypatch):
-    """What processor the tests run on does not decide what they compute in: `has_bf16(True)` does."""
+    """What machine the tests run on does not decide what they compute in: `has_bf16(True)` does."""
     set_to = lambda native: monkeypatch.setattr(precision, "bf16_is_native", lambda device=None: native)  # noqa: E731
     set_to(False)
     return set_to

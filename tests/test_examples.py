@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ from huggingface_hub import HfApi, constants
 from models import ARCHITECTURES, CLIP, make_experts
 from peft import PeftConfig, PeftModel
 from PIL import Image
+from processes import run_to_end
 from safetensors.torch import load_file
 from test_save_merged import make_tokenizer
 
@@ -79,9 +79,8 @@ def start(script, *flags, launch=False, environment=None):
     paths = [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **paths, **(environment or {})}
-    command += [str(EXAMPLES / script), *map(str, flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command += [EXAMPLES / script, *flags]
+    return run_to_end(command, env=environment)
 
 
 def pairs(sources):

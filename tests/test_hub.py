@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from functools import partial
@@ -19,6 +18,7 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 from models import ARCHITECTURES, IDS, make_experts
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_to_end
 from safetensors.torch import save_file
 from test_save_merged import load_tasks, make_tokenizer
 from test_tint_model import load, logits, perturb
@@ -126,9 +126,8 @@ def test_a_fresh_process_computes_the_same(hub, model, tmp_path):
     }
     settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     command = [sys.executable, "-W", "ignore", Path(__file__).parent / "pull.py", tmp_path]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {repo_id: [] for repo_id in pushed}
+    printed = run_to_end(command, env={**os.environ, **settings})
+    assert json.loads(printed.splitlines()[-1]) == {repo_id: [] for repo_id in pushed}
 
 
 def test_what_is_pushed_stays_when_the_experts_go_on(hub, tmp_path):

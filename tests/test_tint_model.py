@@ -3,7 +3,6 @@
 import copy
 import os
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -18,6 +17,7 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
+from processes import run_to_end
 from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
@@ -125,7 +125,7 @@ ids = torch.tensor({IDS["input_ids"].tolist()})
 torch.set_num_threads(1)
 assert torch.equal(model(input_ids=ids).logits, torch.load({str(tmp_path / "expected.pt")!r}))
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    run_to_end([sys.executable, "-W", "ignore", "-c", code])
 
 
 @pytest.mark.parametrize("task", ["a", "score", "b"])

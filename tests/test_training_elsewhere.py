@@ -2,7 +2,6 @@
 
 import copy
 import os
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from models import ARCHITECTURES, IDS, IMAGE, SMALL, Architecture, make_experts, output, transformers_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import run_to_end
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -217,8 +217,7 @@ def two_processes(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     command += [distributed.__file__, str(folder / "results.pt")]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_to_end(command, env=environment, cwd=folder)
     return torch.load(folder / "results.pt")
 
 
