@@ -8,6 +8,9 @@ leaves a training alone which goes well.
 import argparse
 import time
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 from peft import get_peft_model
 from suites import add_suite_arguments, collate, prepare, save_result
 from transformers import AutoModelForImageClassification

@@ -18,6 +18,9 @@ import os
 import tempfile
 import time
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import time
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", file=sys.stderr, flush=True)
+
 import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification

@@ -11,6 +11,9 @@ import platform
 import tempfile
 import time
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import peft
 import psutil
 import torch

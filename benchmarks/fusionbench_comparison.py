@@ -21,6 +21,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import torch
 import transformers
 from transformers import ViTConfig, ViTForImageClassification

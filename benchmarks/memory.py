@@ -15,6 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", file=sys.stderr, flush=True)
+
 import torch
 import transformers
 from datasets import Dataset

@@ -23,6 +23,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import torch
 import transformers
 from safetensors import safe_open

@@ -29,6 +29,9 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import torch
 from peft import get_peft_model
 from report import report

@@ -10,6 +10,9 @@ import os
 import tempfile
 import time
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 from peft import PeftModel, get_peft_model
 from suites import add_suite_arguments, collate, prepare, save_result
 from transformers import AutoModelForImageClassification

@@ -14,6 +14,9 @@ import threading
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import torch
 import transformers
 from accelerate import PartialState

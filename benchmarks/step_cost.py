@@ -11,6 +11,9 @@ import json
 import platform
 import time
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model

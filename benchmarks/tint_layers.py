@@ -5,6 +5,9 @@ Which layer to tint: the vision suite of `suites.py`, with the head alone and wi
 
 import argparse
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 from peft import get_peft_model
 from suites import add_suite_arguments, collate, prepare, save_result
 from transformers import AutoModelForImageClassification

@@ -319,10 +319,13 @@ def run(args, training, setup, metric="accuracy"):
     """Scores every method, writes the table, pictures, results and the adapter of Tint, and pushes it if asked."""
     main = PartialState().is_main_process
     output, quiet = Path(training.output_dir), replace(training, save_steps=None, eval_steps=None, report_to="none")
-    quiet = replace(quiet, load_best_model_at_end=False, collapse_guard=None, disable_tqdm=True)
+    quiet = replace(quiet, load_best_model_at_end=False, collapse_guard=None)
+    say("\nThe experts, and the base under their heads")
     reference = make_trainer(setup, quiet, data=False, coefficient_init=0.0)
     scores = {"pretrained": reference.evaluate()}
     for method in args.method:
+        if method not in ("pretrained", "tint"):
+            say(f"\n{method}")
         if method in MERGING_METHODS:
             scores[method] = score_data_free(setup, quiet, method, args.coefficient_init, scores["pretrained"])
         elif method == "supervised":
@@ -340,6 +343,7 @@ def run(args, training, setup, metric="accuracy"):
     crossed = {"before": cross_task(reference, setup, args.cross_task_samples)}
     trainer = None
     if "tint" in args.method:
+        say("\ntint")
         names = ("tint_layer", "granularity", "transform", "save_experts")
         config = {name: getattr(args, name) for name in names}
         config["coefficient_init"] = 1.0 if args.transform == "tsv" else args.coefficient_init
@@ -363,6 +367,10 @@ def run(args, training, setup, metric="accuracy"):
         print(f"\nWritten to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     PartialState().wait_for_everyone()
     return scores
+
+
+def say(text):
+    PartialState().print(text, flush=True)
 
 
 def score_data_free(setup, training, method, scale, pretrained):

@@ -11,6 +11,9 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
+
 import numpy as np
 import transformers
 from _common import (
@@ -63,6 +66,7 @@ def main():
 
 def finetune(args, training, task):
     """Saves the task's expert, and the tokenizer or image processor, to the folder `output_dir`/`task`."""
+    print(f"fine-tuning the expert of {task}", flush=True)
     splits = load_splits(args.data[task])
     vision, names = is_vision(splits["eval"]), label_names(splits["train"])
     processor = load_processor(args.model_name_or_path, vision)

@@ -12,9 +12,10 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -25,6 +26,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, default_data_collator
 
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
@@ -51,7 +53,9 @@ def main():
     torch.set_num_threads(max(1, os.cpu_count() // 2))  # so small a model gains little from more
     output, random = Path(training.output_dir), np.random.default_rng(0)
     parts = {"train": args.scenes, "adapt": args.scenes // 3, "eval": args.scenes // 3}
-    scenes = {part: [draw_scene(random) for _ in range(count)] for part, count in parts.items()}
+    scenes = {
+        part: [draw_scene(random) for _ in tqdm(range(count), f"drawing to {part}")] for part, count in parts.items()
+    }
     with PartialState().main_process_first():
         folders = train_missing(Path(args.cache_dir) / f"{args.scenes}-{args.finetune_steps}", args, scenes["train"])
     base, experts = folders.pop("base"), folders
@@ -70,14 +74,17 @@ def main():
             compute_metrics={"segmentation": segmentation_metrics, "depth": depth_metrics},
         )
 
-    quiet = replace(training, disable_tqdm=True, save_steps=None, report_to="none")
+    quiet = replace(training, save_steps=None, report_to="none")
     scores, predictions = {}, {}
     for method, coefficient in {"pretrained": 0.0, "average": 0.5, "task arithmetic": args.coefficient_init}.items():
+        PartialState().print(f"{method}", flush=True)
         trainer = make_trainer(coefficient, quiet)
         scores[method], predictions[method] = trainer.evaluate(), predict(trainer.model, scenes["eval"])
+    PartialState().print("coefficients alone", flush=True)
     trainer = make_trainer(args.coefficient_init, quiet, tint_layer=[])
     trainer.train()
     scores["coefficients alone"] = trainer.evaluate()
+    PartialState().print("tint", flush=True)
     trainer = make_trainer(args.coefficient_init, training)
     trainer.train()
     scores["tint"], predictions["tint"] = trainer.evaluate(), predict(trainer.model, scenes["eval"])
@@ -167,7 +174,7 @@ def make_config(**names):
 def fit(model, task, images, labels, steps):
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3 if task == "base" else 1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], steps + 1)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), "training"):
         chosen = torch.randint(len(images), (16,))
         pixels = images[chosen]
         if task == "base":
@@ -254,5 +261,4 @@ def plot_predictions(scenes, predictions, path):
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     main()

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -125,7 +126,6 @@ def use_embedded(args):
         if not (folder / task / "config.json").exists():
             if PartialState().num_processes > 1:
                 raise ValueError("The experts are not there yet. Run the example once by `python`, which makes them.")
-            print(f"fine-tuning the expert of {task} (first run only)", flush=True)
             finetune(expert, finetuning(folder, steps[task]), task)
         args.experts[task] = str(folder / task)
 
@@ -142,6 +142,7 @@ def finetuning(folder, steps):
         bf16=bf16_is_native(),
         use_cpu=PartialState().device.type == "cpu",
         seed=0,
+        disable_tqdm=False,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -198,5 +199,4 @@ PAIRED = {"better": better, "rating": rating}
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     main()

@@ -17,6 +17,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":
+    print("Loading PyTorch and transformers", flush=True)
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import datasets
@@ -174,7 +176,6 @@ def use_embedded(args):
         if not (parent / task / "config.json").exists():
             if PartialState().num_processes > 1:
                 raise ValueError("The experts are not there yet. Run the example once by `python`, which makes them.")
-            print(f"training {'the base' if task == 'base' else f'the expert of {task}'} (first run only)", flush=True)
             finetune(
                 ExpertArguments(base, data), finetuning(parent, steps[task], 3e-3 if task == "base" else 1e-3), task
             )
@@ -193,6 +194,7 @@ def finetuning(folder, steps, learning_rate):
         bf16=bf16_is_native(),
         use_cpu=PartialState().device.type == "cpu",
         seed=0,
+        disable_tqdm=False,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
@@ -279,5 +281,4 @@ def pattern(name, random):
 if __name__ == "__main__":
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     main()
