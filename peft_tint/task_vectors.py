@@ -53,18 +53,19 @@ class TaskVectors(nn.Module):
         super().__init__()
         self.original, self.shape = original, shape
         ranks = [task for task, factors in low_rank.items() for _ in range(len(factors.a))]
+        device = next(tensor.device for tensor in (*dense.values(), *(factors.b for factors in low_rank.values())))
         scales = [
-            torch.as_tensor(factors.scale, dtype=torch.float32, device=factors.b.device).expand(len(factors.a))
+            torch.as_tensor(factors.scale, dtype=torch.float32, device=device).expand(len(factors.a))
             for factors in low_rank.values()
         ]
         buffers = {
             "dense": torch.stack(list(dense.values())) if dense else None,  # (tasks that are dense, *shape)
-            "dense_tasks": torch.tensor(list(dense), dtype=torch.long),
+            "dense_tasks": torch.tensor(list(dense), dtype=torch.long, device=device),
             "b": torch.cat([factors.b for factors in low_rank.values()], 1) if low_rank else None,  # (d, all ranks)
             "a": torch.cat([factors.a for factors in low_rank.values()], 0) if low_rank else None,
             # float32 as whole numbers, which `model.half()` leaves alone: it would round small scales to nothing
             "scale_bits": torch.cat(scales).view(torch.int32) if low_rank else None,  # (all ranks,)
-            "rank_tasks": torch.tensor(ranks, dtype=torch.long),
+            "rank_tasks": torch.tensor(ranks, dtype=torch.long, device=device),
         }
         for name, value in buffers.items():
             self.register_buffer(name, value, persistent=False)

@@ -615,6 +615,10 @@ def test_similarities(bert):
         lambda texts: [vectors[t] for t in texts], ["letters", "noise"], "digits"
     )
     assert result == [1.0, 0.0]
+    of_tensors = peft_tint.dts.description_similarity(
+        lambda texts: torch.tensor([vectors[t] for t in texts]).bfloat16(), ["letters", "noise"], "digits"
+    )
+    assert of_tensors == [1.0, 0.0]
     with pytest.raises(ValueError, match="similar to none"):
         peft_tint.dts.description_similarity(lambda texts: [vectors[t] for t in texts], ["noise"], "digits")
 

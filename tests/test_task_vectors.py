@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_tint.task_vectors import compute_task_vector, merge_weight
+from peft_tint.task_vectors import LowRank, TaskVectors, compute_task_vector, merge_weight
 
 
 def naive(weight, coefficients, task_vectors):
@@ -67,3 +67,12 @@ def test_task_vector_is_subtracted_in_float32():
     base, expert = torch.randn(10).half(), torch.randn(10)
     assert torch.equal(compute_task_vector(expert, base), expert - base.float())
     assert compute_task_vector(expert.half(), base).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank", "both"])
+def test_all_of_them_is_on_the_device_of_what_was_given(kind):
+    """So that the coefficients, which are made beside them, are too."""
+    dense = {0: torch.zeros(4, 3, device="meta")} if kind != "low rank" else {}
+    factors = LowRank(torch.zeros(4, 2, device="meta"), torch.zeros(2, 3, device="meta"), 0.5)
+    vectors = TaskVectors(dense, {1: factors} if kind != "dense" else {})
+    assert {buffer.device.type for buffer in vectors.buffers()} == {"meta"}

@@ -68,7 +68,7 @@ class DtsLayer(WrappedLayer):
         if kind == "dts_codes":
             change = decode_for(owner, full_name, tensor, weight)
             terms = ({}, {0: change}) if isinstance(change, LowRank) else ({0: change}, {})
-            self.dts_decoded[adapter_name][name.replace(".", "/")] = TaskVectors(*terms).to(weight.device)
+            self.dts_decoded[adapter_name][name.replace(".", "/")] = TaskVectors(*terms)
         else:
             check_whole(owner, full_name, tensor, weight)
             own = self.dts_head[adapter_name]._buffers.get(name.replace(".", "/"), tensor)

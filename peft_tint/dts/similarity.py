@@ -20,7 +20,8 @@ def description_similarity(encode: Callable, descriptions: list[str], unseen: st
     """
     if isinstance(descriptions, str) or not descriptions:
         raise ValueError(f"`descriptions` is {descriptions!r}; give a list with one for each adapter.")
-    vectors = torch.as_tensor(np.asarray(encode([unseen, *descriptions]))).double()
+    vectors = encode([unseen, *descriptions])
+    vectors = torch.as_tensor(vectors if isinstance(vectors, torch.Tensor) else np.asarray(vectors)).cpu().double()
     if vectors.ndim != 2 or len(vectors) != 1 + len(descriptions):
         raise ValueError(
             f"`encode` gave the shape {tuple(vectors.shape)} for {1 + len(descriptions)} texts; it must be (texts, d)."

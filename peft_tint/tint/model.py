@@ -737,7 +737,8 @@ class TintModel(WrappingTuner):
         """From the names in a file to the model's. Raises ValueError for tensors missing, too many, or broken."""
         packed = vars(config).get("packed_experts", {})
         for key, tensor in state_dict.items():
-            if is_expert_key(key) and not torch.equal(tensor, packed.get(key, tensor)):
+            # PEFT loads a file onto the accelerator, if there is one, wherever the model is
+            if is_expert_key(key) and key in packed and not torch.equal(tensor.cpu(), packed[key]):
                 raise ValueError(
                     f"The file has other experts than the adapter {adapter_name!r}: {key!r} differs. Load it under "
                     "another name, or delete that adapter first."

@@ -101,6 +101,11 @@ class TintLayer(ModulesToSaveWrapper):
     def adapter_state_dict_load_map(self, adapter_name):
         return {} if self.nested else super().adapter_state_dict_load_map(adapter_name)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
+        """PEFT calls this after it has put loaded parameters in the place of ours (`low_cpu_mem_usage`)."""
+        if adapter_name in self.modules_to_save:
+            self.modules_to_save[adapter_name].to(next(self.original_module.parameters()).device)
+
     def update(self, adapter_name, **kwargs):
         """PEFT calls this for an adapter whose `modules_to_save` names this layer; its copies come by `add_adapter`."""
 
