@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub import constants, snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -114,7 +114,10 @@ def _download(who, location, subfolder, revision):
 
     def fetch(*patterns):
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
-        return os.path.join(snapshot_download(location, revision=revision, allow_patterns=patterns), subfolder)
+        # Without `local_files_only` some releases of huggingface_hub want the Hub's list of files, offline too
+        offline = constants.HF_HUB_OFFLINE
+        cached = snapshot_download(location, revision=revision, allow_patterns=patterns, local_files_only=offline)
+        return os.path.join(cached, subfolder)
 
     try:
         folders = [f"{pattern}/*" for pattern in FOLDERS_BESIDE_WEIGHTS]
