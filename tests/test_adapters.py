@@ -23,6 +23,8 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from versions import HAS_OWN_ADAPTER_CALLS, needs_own_adapter_calls
 
 import peft_tint
 from peft_tint import TintConfig
@@ -175,6 +177,7 @@ def test_injected_into_a_plain_model(bert, first):
         assert torch.equal(tensor, weights[name])
 
 
+@needs_own_adapter_calls
 def test_transformers_own_adapter_calls(bert, first, tmp_path):
     model = load(bert[0])
     model.add_adapter(first)
@@ -387,6 +390,15 @@ def test_adapter_names_that_would_be_lost(bert, name):
     assert torch.equal(logits(base), logits(load(bert[0]))) and not base._forward_pre_hooks
 
 
+@pytest.mark.skipif(HAS_OWN_ADAPTER_CALLS, reason="transformers and PEFT fit each other")
+def test_transformers_names_the_peft_that_its_own_calls_need(bert, first, tmp_path):
+    model = load(bert[0])
+    for call in (lambda: model.add_adapter(first), lambda: model.load_adapter(str(tmp_path))):
+        with pytest.raises(ValueError, match=f"use a version >= {MIN_PEFT_VERSION}"):
+            call()
+
+
+@needs_own_adapter_calls
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # PEFT, and TINT then refuses
 def test_second_adapter_of_transformers_is_refused(bert, first, second):
     model = load(bert[0])

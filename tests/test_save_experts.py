@@ -23,6 +23,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from test_lora_experts import make_adapter
 from test_tint_model import LAYERS, load, logits, perturb
+from versions import needs_own_adapter_calls
 
 import peft_tint
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments, merge_task_vectors
@@ -460,6 +461,7 @@ def test_hot_swap_takes_tints_of_the_same_experts_only(bert, tmp_path):
     assert torch.equal(logits(again, "b"), logits(wanted, "b"))
 
 
+@needs_own_adapter_calls
 def test_transformers_own_calls(bert, tmp_path):
     """It saves such adapters, and loads them too late: after the model is made."""
     model = load(bert[0])

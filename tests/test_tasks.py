@@ -74,6 +74,7 @@ def test_mixed_batch_of_dense_outputs():
         torch.testing.assert_close(mixed[row, :classes], model(**IMAGE).logits[row], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_misuse_of_mixed_batches():
     base = classifier()
     model = peft_tint.from_experts(base, make_experts(base, TASKS), tint_layer=["encoder.layer.1", "classifier"]).eval()
@@ -86,7 +87,7 @@ def test_misuse_of_mixed_batches():
         model(**BATCH, task_names=NAMES)
     with pytest.raises(ValueError, match=r"`adapter_names` cannot mix adapters.*`task_names`"):
         model(**BATCH, adapter_names=["default"] * 5)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.train()
     with pytest.raises(ValueError, match=r"gradient checkpointing.*batches of one task"):
         model(**BATCH, task_names=NAMES)
