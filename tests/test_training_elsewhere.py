@@ -136,6 +136,7 @@ def test_transformers_trainer_trains_saves_and_resumes(bert, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @FULLGRAPH
 @pytest.mark.parametrize("name, kind", [("bert", "full"), ("bert", "lora"), ("plain_transformer", "full")])
 def test_compiled_whole(name, kind):
@@ -253,6 +254,7 @@ def test_task_vectors_in_parts_train_as_whole_ones(two_processes):
         torch.testing.assert_close(theirs["merged"], ours["merged"], rtol=0, atol=1e-5, msg=name)
         assert theirs["evaluation"] == ours["evaluation"] and not theirs["saved"]
         for entry, expected in zip(theirs["log"], ours["log"], strict=True):
+            assert entry.pop("precision") == expected.pop("precision") == "float32"
             assert entry == pytest.approx(expected, rel=1e-4), name
         assert ours["entries"] / 2 <= theirs["entries"] < ours["entries"] / 1.9
 
