@@ -136,6 +136,7 @@ def test_transformers_trainer_trains_saves_and_resumes(bert, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @FULLGRAPH
 @pytest.mark.parametrize("name, kind", [("bert", "full"), ("bert", "lora"), ("plain_transformer", "full")])
 def test_compiled_whole(name, kind):
