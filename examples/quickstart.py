@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ if "--reload" in sys.argv:  # a process that the first one started, which ends w
 else:
     print("Loading PyTorch and transformers", flush=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # libraries, about themselves
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads wait busily for those whose core others use
 
 import torch
