@@ -20,7 +20,6 @@ if "--reload" in sys.argv:  # a process that the first one started, which ends w
 else:
     print("Loading PyTorch and transformers", flush=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # libraries, about themselves
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # or threads wait busily for those whose core others use
 
 import torch
@@ -117,6 +116,7 @@ def main():
 
 def set_up():
     torch.set_num_threads(min(4, torch.get_num_threads()))  # so small a model gains nothing from more
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # libraries, about themselves
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
