@@ -161,8 +161,10 @@ def _metrics(results):
 
 
 def _versions():
-    packages = {"PEFT": "peft", "peft_tint": "peft_tint", "Transformers": "transformers", "PyTorch": "torch"}
-    return {name: version(package) for name, package in packages.items()}
+    from . import __version__  # which imports this module
+
+    ours = {"peft_tint": __version__}  # not by its name: what runs from its source alone is no installed package
+    return {"PEFT": version("peft"), **ours, "Transformers": version("transformers"), "PyTorch": version("torch")}
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------

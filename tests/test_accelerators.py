@@ -528,7 +528,8 @@ def compiled_like_eager(model, **kwargs):
             close(ours, theirs)
         scale = max(gradient.abs().max() for gradient in wanted.values())
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-4 * float(scale), msg=name)
+            say = lambda problem, name=name: f"{name}: {problem}"  # noqa: E731
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-4 * float(scale), msg=say)
     torch.compiler.reset()
 
 
