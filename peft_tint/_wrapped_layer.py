@@ -1,18 +1,21 @@
 """A module that is wrapped so that its parameters are others while its forward runs, whatever the adapter's method."""
 
 import math
+import threading
 import warnings
 from abc import abstractmethod
 from contextlib import contextmanager
-from functools import partial
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import ModulesToSaveWrapper
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
@@ -22,23 +25,77 @@ from transformers.pytorch_utils import Conv1D
 UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
+# Held by who changes a module for a call because nothing else will do, so that no other thread calls it meanwhile.
+CHANGED_FOR_A_CALL = threading.RLock()
+
+
+class Asked:
+    """What the call of a model that is running asks for; None is what the model does by default."""
+
+    adapters: list[str] | None = None  # that run
+    task: str | None = None
+    task_names: list[str] | None = None  # the task of each row
+    adapter_names: list[str] | None = None  # the adapter of each row
+
+
+class _AskedInThread(Asked, threading.local):
+    """Each thread sees its own."""
+
+
+class Calls:
+    """By `asked`, the layers of a model see what its call asks for: each thread its own call. Who sets something for a
+    call puts it back at the end."""
+
+    def __init__(self):
+        self._of_threads, self._of_compiler = _AskedInThread(), Asked()
+
+    @property
+    def asked(self) -> Asked:
+        # torch.compile traces one call, and knows no variables of threads
+        return self._of_compiler if torch.compiler.is_compiling() else self._of_threads
+
+    def __reduce__(self):
+        return Calls, ()  # a copy of a model, also one that is being called, is not
+
+
+class Kept(NamedTuple):
+    """What a layer has merged, and what it was merged of."""
+
+    key: tuple
+    sources: list[tuple]  # (where a tensor is registered, its name, the tensor, its version, address and storage)
+    merged: dict[str, torch.Tensor]
+    low_rank: list[tuple[torch.Tensor, nn.Module]]  # what is not merged but added to the output
+
+    @property
+    def trains(self) -> bool:
+        return any(tensor.requires_grad for _, _, tensor, *_ in self.sources)
+
+    def is_of(self, key) -> bool:
+        return key == self.key and all(
+            place.get(name) is tensor and tensor._version == version and tensor.data_ptr() == address
+            for place, name, tensor, version, address, _ in self.sources
+        )
+
+
 class WrappedLayer(nn.Module, BaseTunerLayer):
     """Wraps a module; its own parameters become W0 + sum_k lambda_k tau_k while its forward runs.
 
-    A subclass holds the terms of that sum by adapter (`_terms`, `_has_terms`, `_changes`).
+    A subclass holds the terms of that sum by adapter (`_terms`, `_sources`, `_has_terms`, `_changes`).
 
-    The merged tensors are put into the wrapped module's `__dict__` for the call, where they hide the parameters of
-    the same name. This serves every kind of module alike (position embeddings and cls tokens too) and leaves names,
-    hooks, pickling and gradient checkpointing as they are. Low-rank task vectors add to the output instead, where the
-    module is one that allows it: that takes no gradient of the size of a weight.
+    What runs is the wrapped module with the merged tensors (`call_with`), so that names, hooks, pickling and gradient
+    checkpointing stay as they are, and threads can share the model. Every kind of module is served alike (position
+    embeddings and cls tokens too). Low-rank task vectors add to the output instead, where the module is one that
+    allows it: that takes no gradient of the size of a weight. Without gradients, merged tensors are kept until
+    something of what they were merged of changes.
     """
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
         super().__init__()
         self.base_layer = base_layer
+        self._calls = Calls()  # its tuner gives it its own
         self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
         self.merged_adapters = []
-        self._in_forward = None  # the merged tensors while the forward runs
+        self._kept = {}  # whether low ranks are merged, too -> Kept
         self._unmerged = {}  # the base weights while the adapter is merged into them
         self._disable_adapters = False
         self._active_adapter = list(active_adapters)
@@ -51,6 +108,10 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         """(parameter name, coefficients of shape (tasks,), TaskVectors) of all that is added to the base."""
 
     @abstractmethod
+    def _sources(self, adapter_names):
+        """(dict, key) of each tensor that an adapter's terms are computed of."""
+
+    @abstractmethod
     def _has_terms(self, adapter_name) -> bool:
         """Whether the adapter adds anything here."""
 
@@ -58,38 +119,91 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
     def _changes(self, name) -> bool:
         """Whether any adapter changes the parameter of this name."""
 
-    def merged_tensors(self, adapter_names=None, low_rank=True) -> dict[str, torch.Tensor]:
-        """The merged value of each parameter that the given adapters (default: the active ones) change."""
-        if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
-            return self._in_forward
-        merged = self._merge_own(adapter_names, low_rank)
+    def merged_tensors(self, adapter_names=None) -> dict[str, torch.Tensor]:
+        """The merged value of each parameter that the given adapters (default: those of the call) change."""
+        return self._merged(adapter_names)[0]
+
+    def _merged(self, adapter_names=None, low_rank=True):
+        """As `merged_tensors`, and the terms (coefficients, TaskVectors) of low rank of the weight, which without
+        `low_rank` are not in it."""
+        if adapter_names is None:
+            asked = self._calls.asked.adapters
+            adapter_names = self.active_adapters if asked is None else asked
+        merged, left_out = self._merged_own(adapter_names, low_rank)
+        if not self.tied:
+            return merged, left_out
+        merged = dict(merged)
         for name, (owner, name_there) in self.tied.items():
-            values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
+            if owner is self:  # whose forward may use it by either name
+                values = merged
+            else:
+                values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
             if name_there in values:
                 merged[name] = values[name_there]
+        return merged, left_out
+
+    def _merged_own(self, adapter_names, low_rank):
+        if torch.compiler.is_compiling():
+            return self._merge(adapter_names, low_rank)
+        key, kept, grad = self._key(adapter_names), self._kept.get(low_rank), torch.is_grad_enabled()
+        if kept is not None and kept.is_of(key) and not (grad and kept.trains):
+            return kept.merged, kept.low_rank
+        self._kept.pop(low_rank, None)
+        sources = self._find_sources(adapter_names)
+        if sources is None or (grad and any(tensor.requires_grad for _, _, tensor, *_ in sources)):
+            return self._merge(adapter_names, low_rank)
+        with torch.inference_mode(False), torch.no_grad():
+            merged = self._merge(adapter_names, low_rank or self._keeps_low_rank(adapter_names))
+        self._kept[low_rank] = Kept(key, sources, *merged)
         return merged
 
-    def _merge_own(self, adapter_names, low_rank):
-        merged = {}
+    def _keeps_low_rank(self, adapter_names) -> bool:
+        """Whether what is kept has low ranks, too, although they could be added to the output."""
+        return False
+
+    def _key(self, adapter_names):
+        """What decides on the merge beside tensors."""
+        return (id(self.base_layer), *adapter_names)  # DataParallel's copies have other modules, but share `_kept`
+
+    def _find_sources(self, adapter_names):
+        """What the merged tensors are made of, if it can be told whether that has changed."""
+        if is_distributed():
+            return None  # a base that FSDP shards is whole for one forward
+        places = list(self._sources(adapter_names))
+        for name in dict.fromkeys(name for name, _, _ in self._terms(adapter_names)):
+            owner, _, leaf = name.rpartition(".")
+            places.append((self.base_layer.get_submodule(owner)._parameters, leaf))
+        found = [(place, name, place.get(name)) for place, name in places]
+        if any(tensor is None or tensor.is_inference() for _, _, tensor in found):
+            return None  # tensors of inference mode have no version
+        # who holds the storage knows that no other is put at its address
+        return [(*where, t, t._version, t.data_ptr(), t.untyped_storage()) for *where, t in found]
+
+    def _merge(self, adapter_names, low_rank):
+        merged, left_out = {}, []
         for name, coefficients, vectors in self._terms(adapter_names):
             # not get_parameter(): FSDP puts plain tensors in the parameters' place
             weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
-            merged[name] = vectors.merge(weight, coefficients, low_rank)
-        return merged
+            adds = not low_rank and name == "weight" and vectors.a is not None
+            merged[name] = vectors.merge(weight, coefficients, not adds)
+            if adds:
+                left_out.append((coefficients, vectors))
+        return merged, left_out
+
+    def _apply(self, *args, **kwargs):
+        self._kept = {}  # or what was moved away would take memory until the next forward
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_kept": {}}
 
     def forward(self, *args, **kwargs):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(*args, **kwargs)
-        terms = self._terms() if adds_low_rank(self.base_layer) else ()
-        low_rank = [(row, vectors) for name, row, vectors in terms if name == "weight" and vectors.a is not None]
-        self._in_forward = self.merged_tensors(low_rank=not low_rank)
-        try:
-            with shadowed(self.base_layer, self._in_forward):
-                output = self.base_layer(*args, **kwargs)
-        finally:
-            self._in_forward = None
+        merged, low_rank = self._merged(low_rank=not adds_low_rank(self.base_layer))
+        output = call_with(self.base_layer, merged, args, kwargs)
         for coefficients, vectors in low_rank:
             x = args[0] if args else next(iter(kwargs.values()))
             output = output + low_rank_output(self.base_layer, x, vectors, coefficients).to(output.dtype)
@@ -157,8 +271,7 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
             if name in merged:
                 return merged[name]
             if parametrized:
-                with shadowed(self.base_layer, merged):
-                    return getattr(self.base_layer, name)
+                return getattr(with_tensors(self.base_layer, merged), name)
         return getattr(self.base_layer, name)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
@@ -171,12 +284,70 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         return f"{type(self).__module__.split('.')[1]}." + super().__repr__()
 
 
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def unload_below(module, merge, safe_merge, adapter_names):
     """Unloads the layers inside of a module that was wrapped itself: PEFT does not look below a wrapper."""
     for parent in module.modules():
         for name, child in parent._modules.items():
             if isinstance(child, WrappedLayer | ModulesToSaveWrapper):
                 parent._modules[name] = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+
+
+def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """The module with these tensors in the place of its own: another one, which shares all else with it."""
+    below, own = {}, {}
+    for name, tensor in tensors.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            below.setdefault(child, {})[rest] = tensor
+        else:
+            own[name] = tensor
+    replaced = {id(module._parameters[name]): own[name] for name in own if name in module._parameters}
+    parameters = {name: replaced.get(id(value), value) for name, value in module._parameters.items()}
+    changed = {child: with_tensors(module._modules[child], theirs) for child, theirs in below.items()}
+    other = object.__new__(type(module))
+    # attributes come first, and there FSDP has its own; what was compiled is bound to the module
+    vars(other).update(vars(module), **own, _compiled_call_impl=None, _parameters=parameters)
+    if changed:
+        vars(other)["_modules"] = {**module._modules, **changed}
+    return other
+
+
+def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs, forward=None):
+    """What the module, or only its `forward`, gives with these tensors in the place of its own. Other threads may call
+    it meanwhile."""
+    if not tensors:
+        return (forward or module)(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        if forward is None:
+            return functional_call(module, tensors, args, kwargs)
+        with shadowed(module, tensors):
+            return forward(*args, **kwargs)
+    if not is_own_forward(module, forward or module.forward):  # but accelerate's, say, which calls what it is bound to
+        with CHANGED_FOR_A_CALL, shadowed(module, tensors):
+            return (forward or module)(*args, **kwargs)
+    other = with_tensors(module, tensors)
+    before = dict(vars(other))
+    output = other(*args, **kwargs) if forward is None else forward.__func__(other, *args, **kwargs)
+    for name, value in vars(other).items():
+        if before.get(name) is not value:  # the forward has set it
+            vars(module)[name] = value
+    return output
+
+
+def put_back_forward(module: nn.Module, ours) -> None:
+    """`ours` has the forward that it took the place of as `__wrapped__`."""
+    if ours is not None and vars(module).get("forward") is ours:
+        module.forward = ours.__wrapped__
+        if is_own_forward(module, module.forward):
+            del module.forward
+
+
+def is_own_forward(module: nn.Module, forward) -> bool:
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
 def adds_low_rank(module: nn.Module) -> bool:
@@ -210,14 +381,13 @@ def low_rank_output(module, x, vectors, coefficients):
 class RootLayer:
     """The parameters that a model holds itself, such as cls tokens of a plain vision transformer.
 
-    Goes before a WrappedLayer in the bases of a class. The model cannot be wrapped, so hooks put the merged tensors in
-    place. This layer is a child of the model and does not register it, which would be a cycle."""
+    Goes before a WrappedLayer in the bases of a class. The model cannot be wrapped, so its `forward` is replaced. This
+    layer is a child of the model and does not register it, which would be a cycle."""
 
     def __init__(self, model: nn.Module, active_adapters: list[str]):
         super().__init__(model, active_adapters)
         del self._modules["base_layer"]
         self.__dict__["base_layer"] = model
-        self._shadow = None
         if isinstance(model, PreTrainedModel) and model.can_generate():
             names = ", ".join(name for name, _ in model.named_parameters(recurse=False))
             warnings.warn(
@@ -225,34 +395,33 @@ class RootLayer:
                 "`generate` may read them elsewhere. Generate with what `merge_and_unload()` returns.",
                 stacklevel=2,
             )
-        self._hooks = [
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        self._forward = model.forward = RootForward(self)
 
-    def _before_forward(self, model, args):
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if not self.disable_adapters and not self.merged:
-            self._in_forward = self.merged_tensors() or None
-        if self._in_forward is not None:
-            self._shadow = shadowed(model, self._in_forward)
-            self._shadow.__enter__()
-
-    def _after_forward(self, model, args, output):
-        if self._shadow is not None:
-            self._shadow.__exit__(None, None, None)
-            self._shadow = self._in_forward = None
-
-    def remove_hooks(self):
-        for hook in self._hooks:
-            hook.remove()
+    def remove_forward(self):
+        self._forward.layer = None
+        put_back_forward(self.base_layer, self._forward)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.remove_hooks()
+        self.remove_forward()
         return self.base_layer
+
+
+class RootForward:
+    """In the place of `model.forward`: runs that with the parameters that a RootLayer merges."""
+
+    def __init__(self, layer: RootLayer):
+        self.layer, self.__wrapped__ = layer, layer.base_layer.forward
+
+    def __call__(self, *args, **kwargs):
+        layer, forward = self.layer, self.__wrapped__
+        if layer is None:
+            return forward(*args, **kwargs)
+        if layer.disable_adapters and layer.merged:
+            layer.unmerge()
+        merged = {} if layer.disable_adapters or layer.merged else layer.merged_tensors()
+        return call_with(layer.base_layer, merged, args, kwargs, forward)
 
 
 class WrappingTuner(BaseTuner):
@@ -331,10 +500,6 @@ def wrap_everywhere(model, layers):
 def shadowed(module, tensors):
     """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
     replaced = []
-    if module.__dict__.get("gradient_checkpointing"):
-        # transformers has the module run its own forward again in the backward, when this context has been left
-        checkpoint = partial(_checkpoint_shadowed, module, tensors, module._gradient_checkpointing_func)
-        tensors = {**tensors, "_gradient_checkpointing_func": checkpoint}
     try:
         for name, tensor in tensors.items():
             owner, _, leaf = name.rpartition(".")
@@ -348,11 +513,3 @@ def shadowed(module, tensors):
                 del attributes[leaf]
             else:
                 attributes[leaf] = before
-
-
-def _checkpoint_shadowed(module, tensors, checkpoint, function, *args, **kwargs):
-    def run(*args, **kwargs):
-        with shadowed(module, tensors):
-            return function(*args, **kwargs)
-
-    return checkpoint(run, *args, **kwargs)

@@ -79,6 +79,10 @@ class TaskVectors(nn.Module):
             tensors if self.a is None else [*tensors, self.b[:, low_rank], self.a[low_rank], self.scale_bits[low_rank]]
         )
 
+    def places(self):
+        """(dict, key) of each tensor by which it can be told whether these task vectors are the same as before."""
+        return [(self._buffers, name) for name in ("dense", "b") if self._buffers[name] is not None]
+
     def dense_of(self, task: int, shape: torch.Size) -> torch.Tensor:
         """The task vector of one task as a tensor of the parameter's shape, in float32."""
         device = (self.b if self.dense is None else self.dense).device
@@ -119,8 +123,9 @@ class TaskVectors(nn.Module):
         return dense if self.shape is None else unshard(dense, self.shape)
 
     def _low_rank_sum(self, coefficients, weight):
-        scaled = self.b.to(_wide(weight)) * self.rank_coefficients(coefficients)
-        return (scaled @ self.a.to(_wide(weight)).flatten(1)).view(weight.shape)
+        with torch.autocast(weight.device.type, enabled=False):
+            scaled = self.b.to(_wide(weight)) * self.rank_coefficients(coefficients)
+            return (scaled @ self.a.to(_wide(weight)).flatten(1)).view(weight.shape)
 
 
 def compute_task_vector(expert: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

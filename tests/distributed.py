@@ -5,6 +5,7 @@ FILE.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -218,3 +219,4 @@ if __name__ == "__main__":
     if PartialState(cpu=True).is_main_process:
         torch.save(results, sys.argv[1])
     PartialState(cpu=True).destroy_process_group()
+    os._exit(0)  # threads of PyTorch's sometimes abort a process that ends the usual way

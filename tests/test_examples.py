@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from processes import run_to_end
 from safetensors.torch import load_file
+from test_precision import AVX2
 from test_save_merged import make_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -349,11 +351,22 @@ def test_rows_that_adapt_are_never_scored(parts, tmp_path):
 
 
 def test_quickstart(tmp_path):
-    """As a user runs it, with experts hardly trained: table, pictures, adapter, reload in a fresh process, pipeline."""
+    """As a user runs it, with experts hardly trained: table, pictures, adapter, reload in a fresh process, pipeline.
+    The first time as on a processor that emulates bfloat16, in a process of its own with a time limit."""
     flags = ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--finetune_steps", "0.02"]
+    flags += ["--rows", 64, "--max_steps", 2]
     written = []
-    for _ in range(2):
-        printed = run("quickstart.py", *flags, "--rows", 64, "--max_steps", 2)
+    for first in (True, False):
+        if first:
+            command, environment = (
+                [sys.executable, EXAMPLES / "quickstart.py", *flags],
+                {"OMP_NUM_THREADS": "1", **AVX2},
+            )
+            printed = run_to_end(command, env={**os.environ, **environment}, stderr=subprocess.STDOUT)
+            assert printed.startswith("Loading PyTorch and transformers\nFour experts and their merges, in float32\n")
+            assert printed.count("on cpu in float32") == 2  # AdaMerging and Tint
+        else:
+            printed = run("quickstart.py", *flags)
         for row in ("pretrained", "experts", "average", "task arithmetic 0.3", "AdaMerging", "Tint"):
             assert f"\n{row}" in printed
         assert "gives equal logits for every task" in printed

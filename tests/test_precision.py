@@ -1,10 +1,8 @@
 """What a training computes in: bfloat16 where the device has instructions for it, float32 elsewhere."""
 
 import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,6 @@ from transformers import Trainer, TrainingArguments
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 from peft_tint.training import precision
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 bf16_is_native = precision.bf16_is_native  # before the tests' own takes its place
 
@@ -158,15 +155,3 @@ def test_resuming_in_another_precision_is_refused(model, data, tmp_path, has_bf1
     trainer = TintTrainer(model, arguments(tmp_path, max_steps=2, save_steps=1), data)
     with pytest.raises(ValueError, match=r"the precision is 'float32', and .* was made with 'bfloat16 autocast'"):
         trainer.train(resume_from_checkpoint=True)
-
-
-def test_quickstart_with_avx2_alone(tmp_path):
-    """As on a processor that emulates bfloat16; a small form, in a process of its own with a time limit."""
-    flags = ["--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out", "--finetune_steps", "0.02"]
-    command = [sys.executable, EXAMPLES / "quickstart.py", *flags, "--rows", "64", "--max_steps", "1"]
-    environment = {**os.environ, **AVX2, "OMP_NUM_THREADS": "1"}
-    printed = run_to_end(command, env=environment, stderr=subprocess.STDOUT).splitlines()
-    assert printed[0] == "Loading PyTorch and transformers"
-    assert "in float32" in printed[1]
-    assert sum("on cpu in float32" in line for line in printed) == 2  # AdaMerging and Tint
-    assert any("gives equal logits for every task" in line for line in printed)

@@ -54,7 +54,7 @@ class DtsLayer(WrappedLayer):
 
     def add_adapter(self, adapter_name, changed: list[str], head: list[str]):
         """`changed` names the parameters with codes, `head` the tensors that are stored whole; `take` gives them."""
-        self.expected[adapter_name] = {"dts_codes": changed, "dts_head": head}
+        self._kept, self.expected[adapter_name] = {}, {"dts_codes": changed, "dts_head": head}
         self.dts_codes[adapter_name], self.dts_head[adapter_name] = Tensors(), Tensors()
         self.dts_decoded[adapter_name] = nn.ModuleDict()
 
@@ -64,7 +64,7 @@ class DtsLayer(WrappedLayer):
 
     def take(self, kind: str, adapter_name: str, name: str, tensor: torch.Tensor, full_name: str) -> None:
         """Puts in place what an adapter has of the parameter `name`. Raises ValueError for what cannot be right."""
-        weight, owner = self._parameter(name), f"Adapter {adapter_name!r}"
+        self._kept, weight, owner = {}, self._parameter(name), f"Adapter {adapter_name!r}"
         if kind == "dts_codes":
             change = decode_for(owner, full_name, tensor, weight)
             terms = ({}, {0: change}) if isinstance(change, LowRank) else ({0: change}, {})
@@ -121,6 +121,13 @@ class DtsLayer(WrappedLayer):
                 yield name.replace("/", "."), torch.ones(1, device=vectors.dense_tasks.device), vectors
             for name, value in self.dts_head[adapter].items():
                 yield name, None, Whole(value)
+
+    def _sources(self, adapter_names):
+        for adapter in adapter_names:
+            if adapter in self.expected:
+                for vectors in self.dts_decoded[adapter].values():
+                    yield from vectors.places()
+                yield from ((self.dts_head[adapter]._buffers, name) for name in self.dts_head[adapter]._buffers)
 
     def _has_terms(self, adapter_name):
         return any(self.expected.get(adapter_name, {}).values())

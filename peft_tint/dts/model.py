@@ -29,12 +29,15 @@ from .._structure import (
     resolve_all_linear,
 )
 from .._wrapped_layer import (
+    CHANGED_FOR_A_CALL,
     UNITS,
+    Calls,
     WrappingTuner,
     check_adapter_name,
     check_names,
     check_no_peft_model,
     plain_name,
+    put_back_forward,
     short_name,
     wrap_everywhere,
 )
@@ -155,6 +158,10 @@ class DtsModel(WrappingTuner):
         self._show_labels([])
         return model
 
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        put_back_forward(self.model, self._forward)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
     def _enable_adapter_layers(self, enabled=True):
         super()._enable_adapter_layers(enabled)
         self._show_labels(self.active_adapters if enabled else [])
@@ -252,36 +259,15 @@ class DtsModel(WrappingTuner):
             yield
             return
         self._check_adapter_names(names)
-        layers, model = self._layers, self.model
-        active = [layer._active_adapter for layer in layers]
-        before = vars(model).get("forward")
-
-        def refuse():
-            raise ValueError(
-                "`generate` of an encoder-decoder cannot mix adapters, for it runs the encoder apart and on all rows. "
-                "Call `set_adapter` and `generate` for the rows of each."
-            )
-
-        def forward(*args, **kwargs):
-            vars(model).pop("forward")
-            if before is not None:
-                model.forward = before
-            try:
-                return _run_by_adapter(model, layers, list(names), args, kwargs)
-            finally:
-                model.forward = forward
-
-        model.forward, model.get_encoder = forward, refuse
+        with CHANGED_FOR_A_CALL:
+            if self._forward is None:
+                self._forward = self.model.forward = ForwardByAdapter(self.model, self._calls)
+        asked = self._calls.asked
         try:
-            _activate(layers, [])  # or hooks of the outer forward would merge the active adapter
+            asked.adapters, asked.adapter_names = [], list(names)
             yield
         finally:
-            vars(model).pop("forward")
-            vars(model).pop("get_encoder")
-            if before is not None:
-                model.forward = before
-            for layer, own in zip(layers, active, strict=True):
-                layer._active_adapter = own
+            asked.adapters = asked.adapter_names = None
 
     def _check_adapter_names(self, names):
         if self.training:
@@ -297,7 +283,8 @@ class DtsModel(WrappingTuner):
 
     def _pre_injection_hook(self, model, config, adapter_name):
         check_no_peft_model(model)
-        self._layers = []
+        self._layers, self._calls = [], Calls()
+        self._forward = None  # a ForwardByAdapter, from the first mixed batch on
         self._base_labels = labels_of(getattr(model, "config", None))
 
     def _prepare_model(self, config: DtsConfig, model: nn.Module) -> None:
@@ -407,6 +394,8 @@ class DtsModel(WrappingTuner):
             layers[name].tied.update({leaf: (layers[owner], there) for leaf, (owner, there) in ties.items()})
         wrap_everywhere(model, layers.values())
         self._layers = list(layers.values())
+        for layer in self._layers:
+            layer._calls = self._calls
 
     def _make_layer(self, model, modules, name):
         if not name:
@@ -452,34 +441,54 @@ class DtsModel(WrappingTuner):
         return given
 
 
-def _activate(layers, adapters):
-    for layer in layers:
-        layer._active_adapter = adapters
+class ForwardByAdapter:
+    """In the place of `model.forward`, for good: where a call names an adapter for each row, the model runs once for
+    each adapter, on that adapter's rows."""
 
+    def __init__(self, model, calls):
+        self.model, self._calls, self.__wrapped__ = model, calls, model.forward
 
-def _run_by_adapter(model, layers, names, args, kwargs):
-    """The outputs of all rows in their order; rows with fewer classes are filled up with the lowest finite number."""
-    if kwargs.get("labels") is not None:
-        raise ValueError("`adapter_names` mixes tasks, so there is no loss; compute it from the logits of each row.")
-    values = [*args, *kwargs.values()]
-    if any(isinstance(value, Cache) for value in values):
-        raise ValueError("The adapters of a mixed batch would share one key/value cache; pass `use_cache=False`.")
-    rows = {len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim}
-    if len(names) not in rows:
-        raise ValueError(f"`adapter_names` has {len(names)} names, and the batch has {sorted(rows)} rows; name each's.")
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        kwargs = {**kwargs, "use_cache": False}
-    outputs, index = {}, [names[:i].count(name) for i, name in enumerate(names)]
-    try:
+    def __call__(self, *args, **kwargs):
+        asked = self._calls.asked
+        names = asked.adapter_names
+        if names is None:
+            return self.__wrapped__(*args, **kwargs)
+        try:
+            asked.adapter_names = None
+            return self._run(names, args, kwargs)
+        finally:
+            asked.adapters, asked.adapter_names = [], names
+
+    def _run(self, names, args, kwargs):
+        """The outputs of all rows in their order; rows with fewer classes are filled up with the lowest finite
+        number."""
+        if kwargs.get("labels") is not None:
+            raise ValueError(
+                "`adapter_names` mixes tasks, so there is no loss; compute it from the logits of each row."
+            )
+        if kwargs.get("encoder_outputs") is not None:
+            raise ValueError(
+                "`generate` of an encoder-decoder cannot mix adapters, for it runs the encoder apart and on all rows. "
+                "Call `set_adapter` and `generate` for the rows of each."
+            )
+        values = [*args, *kwargs.values()]
+        if any(isinstance(value, Cache) for value in values):
+            raise ValueError("The adapters of a mixed batch would share one key/value cache; pass `use_cache=False`.")
+        rows = {len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim}
+        if len(names) not in rows:
+            raise ValueError(
+                f"`adapter_names` has {len(names)} names, and the batch has {sorted(rows)} rows; name each's."
+            )
+        if getattr(getattr(self.model, "config", None), "use_cache", False):
+            kwargs = {**kwargs, "use_cache": False}
+        outputs, index = {}, [names[:i].count(name) for i, name in enumerate(names)]
         for adapter in dict.fromkeys(names):
             own = [i for i, name in enumerate(names) if name == adapter]
-            _activate(layers, [] if adapter == BASE else [adapter])
+            self._calls.asked.adapters = [] if adapter == BASE else [adapter]
             args_here = [_take(value, own, len(names)) for value in args]
             kwargs_here = {key: _take(value, own, len(names)) for key, value in kwargs.items()}
-            outputs[adapter] = model(*args_here, **kwargs_here)
-    finally:
-        _activate(layers, [])
-    return take_rows(outputs, names, index, of="The model")
+            outputs[adapter] = self.model(*args_here, **kwargs_here)
+        return take_rows(outputs, names, index, of="The model")
 
 
 def _take(value, rows, batch):

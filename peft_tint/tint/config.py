@@ -111,6 +111,11 @@ class TintConfig(SavedConfig):
             Under several processes of `torch.distributed`, each keeps its part of the full task vectors (LoRA experts
             stay whole). All processes must then make the model, run it, and merge it at once, as [`TintTrainer`] does.
             It is about a run and is saved as `False`.
+        merge_lora (`bool`, *optional*):
+            Whether LoRA experts, too, are merged into a second copy of the weights where no gradients are taken; a
+            forward then costs what the base's costs. `None` (default) does so where the base takes at most a quarter of
+            its device's memory. With gradients, they are added to the layers' outputs. It is about a run and is saved
+            as `None`.
         sha256 (`str`, *optional*):
             Filled in when the adapter is saved: that of its weights' file and of the settings that belong to them.
     """
@@ -190,6 +195,10 @@ class TintConfig(SavedConfig):
     shard_task_vectors: bool = field(
         default=False,
         metadata={"help": "Under several processes, each keeps its part of the task vectors; never saved as True."},
+    )
+    merge_lora: bool | None = field(
+        default=None,
+        metadata={"help": "Merge LoRA experts where no gradients are taken; None: if memory allows. Never saved."},
     )
     experts_sha256: dict[str, str] | None = field(
         default=None,
@@ -285,7 +294,7 @@ class TintConfig(SavedConfig):
         return config
 
     def to_dict(self):
-        fields = {**super().to_dict(), "shard_task_vectors": False}
+        fields = {**super().to_dict(), "shard_task_vectors": False, "merge_lora": None}
         if self.save_experts == "reference" or self.experts is None:
             return fields
         return {**fields, "experts": {task: hub_reference(source) for task, source in self.experts.items()}}

@@ -1,5 +1,6 @@
-"""A module whose weights are merged by coefficients on each forward."""
+"""A module whose weights are merged by coefficients."""
 
+import psutil
 import torch
 from torch import nn
 
@@ -14,19 +15,21 @@ class MergedLayer(WrappedLayer):
     """
 
     adapter_layer_names = ("tint_coefficients",)
-    other_param_names = ("tint_task_vectors", "units", "shares_with")
+    other_param_names = ("tint_task_vectors", "units", "shares_with", "merge_lora")
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
         super().__init__(base_layer, active_adapters)
         self.tint_coefficients = nn.ParameterDict()
         self.tint_task_vectors = nn.ModuleDict()
+        self.merge_lora = {}  # adapter -> `TintConfig.merge_lora`
+        self.base_bytes = 0  # of the whole base
         self.units = {}  # adapter -> the names of the rows of its coefficients
         self.shares_with = {}  # adapter -> the layer whose coefficients are ours too
         self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
-        self.kept = None  # what was merged before, see `TintModel.reuse_merged_weights`
+        self.reused = None  # what was merged before, see `TintModel.reuse_merged_weights`
 
     def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
-        self.units[adapter_name] = units
+        self._kept, self.units[adapter_name] = {}, units
         if task_vectors:
             self.tint_coefficients[adapter_name] = coefficients
             self.tint_task_vectors[adapter_name] = nn.ModuleDict(
@@ -55,46 +58,64 @@ class MergedLayer(WrappedLayer):
                     row = torch.zeros_like(row).index_fill(0, torch.tensor(self.expert[1], device=row.device), 1.0)
                 yield key.replace("/", "."), row, vectors
 
-    def _merge_own(self, adapter_names, low_rank):
-        if self.kept is None or self.expert is not None:
-            return super()._merge_own(adapter_names, low_rank)
-        adapters = tuple(self.active_adapters if adapter_names is None else adapter_names)
-        coefficients = [self.tint_coefficients[adapter] for adapter in adapters if adapter in self.tint_coefficients]
-        # tensors made in inference mode have no version, and cannot be changed
-        versions = [(values.data_ptr(), None if values.is_inference() else values._version) for values in coefficients]
-        key = (adapters, low_rank, torch.is_grad_enabled(), *versions)
-        if key not in self.kept:
+    def _sources(self, adapter_names):
+        for adapter in adapter_names:
+            if adapter in self.tint_coefficients:
+                yield self.tint_coefficients._parameters, adapter
+                for vectors in self.tint_task_vectors[adapter].values():
+                    vectors = (self.expert and vectors.original) or vectors
+                    yield from vectors.places()
+
+    def _keeps_low_rank(self, adapter_names):
+        device = next(self.base_layer.parameters()).device
+        default = 4 * self.base_bytes <= memory_of(device)
+        options = [self.merge_lora[adapter] for adapter in adapter_names if adapter in self.merge_lora]
+        return all(default if option is None else option for option in options)
+
+    def _key(self, adapter_names):
+        return (self.expert, *super()._key(adapter_names))
+
+    def _merged_own(self, adapter_names, low_rank):
+        if self.reused is None or self.expert is not None or not torch.is_grad_enabled():
+            return super()._merged_own(adapter_names, low_rank)
+        versions = [
+            (values.data_ptr(), None if values.is_inference() else values._version)
+            for adapter in adapter_names
+            if (values := self.tint_coefficients._parameters.get(adapter)) is not None
+        ]
+        key = (tuple(adapter_names), low_rank, *versions)
+        if key not in self.reused:
             # gradient checkpointing counts what a forward saves, and finds this here when it runs it again
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-                merged = super()._merge_own(adapter_names, low_rank)
-            self.kept[key] = merged, {name: self._leaf(weight) for name, weight in merged.items()}
-        merged, leaves = self.kept[key]
-        return {name: leaf.to(merged[name].dtype) for name, leaf in leaves.items()}
+                merged, left_out = self._merge(adapter_names, low_rank)
+            self.reused[key] = merged, {name: self._leaf(weight) for name, weight in merged.items()}, left_out
+        merged, leaves, left_out = self.reused[key]
+        return {name: leaf.to(merged[name].dtype) for name, leaf in leaves.items()}, left_out
 
     def _leaf(self, weight):
         """The weight without its graph; in float32 at least where it takes gradients, which it sums up."""
         if not weight.requires_grad:
             return weight
         leaf = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
-        leaf.register_hook(self._check_kept)
+        leaf.register_hook(self._check_reused)
         return leaf
 
-    def _check_kept(self, gradient):
-        if self.kept is None:
+    def _check_reused(self, gradient):
+        if self.reused is None:
             raise RuntimeError(
                 "`reuse_merged_weights` has been left, so coefficients get no gradients; call `backward` in it."
             )
 
     def __getstate__(self):
-        return {**self.__dict__, "kept": None}  # a copy is in no such context
+        return {**super().__getstate__(), "reused": None}  # a copy is in no such context
 
-    def backward_kept(self):
-        """Hands the gradients of the weights that were kept on to the coefficients, summed over their forwards."""
-        for merged, leaves in self.kept.values():
+    def backward_reused(self):
+        """Hands the gradients of the weights that were reused on to the coefficients, summed over their forwards."""
+        for merged, leaves, _ in self.reused.values():
             taken = [(merged[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
             gradients = [gradient.to(weight.dtype) for weight, gradient in taken]
             torch.autograd.backward([weight for weight, _ in taken], gradients)
-        self.kept = {}
+        self.reused = {}
 
     def _has_terms(self, adapter_name):
         return adapter_name in self.tint_coefficients
@@ -105,3 +126,10 @@ class MergedLayer(WrappedLayer):
 
 class RootMergedLayer(RootLayer, MergedLayer):
     """The parameters that a model holds itself."""
+
+
+def memory_of(device: torch.device) -> int:
+    """In bytes, all of it."""
+    if device.type in ("cuda", "xpu"):
+        return getattr(torch, device.type).get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

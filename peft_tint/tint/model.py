@@ -26,10 +26,12 @@ from transformers import PreTrainedModel
 from .._card import TINT_FOLDER, save_card
 from .._structure import find_head, is_target, is_under, join, named_tensors, plain_modules, unit_name
 from .._wrapped_layer import (
+    Calls,
     WrappingTuner,
     check_adapter_name,
     check_names,
     check_no_peft_model,
+    is_distributed,
     plain_name,
     short_name,
     wrap_everywhere,
@@ -41,7 +43,7 @@ from ._plan import make_plan
 from ._saved_experts import is_expert_key
 from .config import TintConfig
 from .merged_layer import MergedLayer, RootMergedLayer
-from .tint_layer import TintLayer
+from .tint_layer import TaskModules, TintLayer
 
 ROOT = "tint_root"  # the name of the layer for the parameters that the model holds itself
 
@@ -128,7 +130,6 @@ class TintModel(WrappingTuner):
 
     prefix = "tint_"
     _in_expert = False  # inside of `expert`
-    _mixed = False  # in a forward with `task_names`
     tuner_layer_cls = MergedLayer
     target_module_mapping = {}  # noqa: RUF012, PEFT's own declaration
 
@@ -274,19 +275,19 @@ class TintModel(WrappingTuner):
         """
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         layers = [] if sharded else self._merged_layers()
-        if any(layer.kept is not None for layer in layers):
+        if any(layer.reused is not None for layer in layers):
             if torch.is_grad_enabled():
                 raise ValueError("The model is in `reuse_merged_weights` already; leave that context first.")
             layers = []
         for layer in layers:
-            layer.kept = {}
+            layer.reused = {}
         try:
             yield
             for layer in layers:
-                layer.backward_kept()
+                layer.backward_reused()
         finally:
             for layer in layers:
-                layer.kept = None
+                layer.reused = None
 
     def expert_fingerprint(self, task: str) -> str:
         """A hash of all that decides what the expert of `task` computes: its weights, class and config."""
@@ -344,7 +345,8 @@ class TintModel(WrappingTuner):
             parent, _, child = name.rpartition(".")
             self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
             if isinstance(layer, RootMergedLayer):
-                layer.remove_hooks()
+                layer.remove_forward()
+        self._all_merged = []
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
     def save_merged(
@@ -448,8 +450,8 @@ class TintModel(WrappingTuner):
             )
         yield
 
-    def _take_task_names(self, model, args, kwargs):
-        """A mixed batch: `model(**inputs, task_names=[...])` names the task of each row."""
+    def _begin_call(self, model, args, kwargs):
+        """The task stays the same for the whole call. `model(**inputs, task_names=[...])` names that of each row."""
         names = kwargs.pop("task_names", None)
         if names is not None:
             tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim)
@@ -472,20 +474,36 @@ class TintModel(WrappingTuner):
                         "`task_names` is gone when gradient checkpointing runs a tint layer in the backbone again; use "
                         "batches of one task each, or call `gradient_checkpointing_disable()`."
                     )
-            for layer in layers:
-                layer.modules_to_save[self._adapter].task_names = list(names)
-            self._mixed = True
+            names = list(names)
+        trains = torch.is_grad_enabled() and any(
+            p.requires_grad for layer in self._all_merged[:1] for p in layer.tint_coefficients.values()
+        )
+        if not trains and not torch.compiler.is_compiling() and not is_distributed():
+            self._look_at_coefficients()
+        asked = self._calls.asked
+        asked.task, asked.task_names = self._task.get(next(iter(self.active_adapters), None)), names
         return args, kwargs
+
+    @torch.no_grad()
+    def _look_at_coefficients(self):
+        """What is merged counts no more if coefficients were changed by their `data`, of which no version tells."""
+        by_device = {}
+        for layer in self._all_merged:
+            for values in layer.tint_coefficients._parameters.values():
+                by_device.setdefault(values.device, []).append(values.view(-1))
+        seen = {device: torch.cat(values) for device, values in by_device.items()}
+        if seen.keys() != self._seen.keys() or not all(torch.equal(seen[d], self._seen[d]) for d in seen):
+            for layer in self._all_merged:
+                layer._kept = {}
+            self._seen = seen
 
     def _kind_of(self, task):
         labels = self.task_labels(task)
         return len(labels.get("id2label") or ()), labels.get("problem_type")
 
-    def _drop_task_names(self, model, args, output):
-        if self._mixed:
-            for layer in self._per_task_layers():
-                layer.modules_to_save[self._adapter].task_names = None
-            self._mixed = False
+    def _end_call(self, model, args, output):
+        asked = self._calls.asked
+        asked.task = asked.task_names = None
 
     @property
     def _adapter(self) -> str:
@@ -559,6 +577,9 @@ class TintModel(WrappingTuner):
         self._unmerged: dict[str, dict[str, dict]] = {}  # adapter -> task -> parameters that only the expert has so
         self._base_labels = labels_of(getattr(model, "config", None))
         self._hooks = []
+        self._calls = Calls()
+        self._all_merged = []  # MergedLayer
+        self._seen = {}  # device -> the coefficients there in the last forward without gradients
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -598,6 +619,7 @@ class TintModel(WrappingTuner):
         if any(m.merged for m in model.modules() if isinstance(m, MergedLayer)):
             raise ValueError("An adapter is merged into the weights; call `unmerge_adapter()` before adding another.")
         self._layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, MergedLayer)}
+        self._base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self._shared = {}  # unit -> the layer whose coefficients the unit's other layers share
         # PEFT says `low_cpu_mem_usage` by its argument or by a context in which parameters are made on the meta device
         self._to_be_loaded = low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta
@@ -608,7 +630,10 @@ class TintModel(WrappingTuner):
                 ties = {leaf: (self._layers[owner], leaf_there) for leaf, (owner, leaf_there) in tied.items()}
                 self._layers[name].tied.update(ties)
             wrap_everywhere(model, self._layers.values())
+            self._all_merged = [layer for layer in model.modules() if isinstance(layer, MergedLayer)]
             for name, layer in model.named_modules():
+                if isinstance(layer, MergedLayer | TaskModules):
+                    layer._calls = self._calls
                 if isinstance(layer, TintLayer):
                     layer.nested = plain_name(name) != name
             self._task[adapter_name] = next(iter(self._plan.labels))
@@ -616,8 +641,8 @@ class TintModel(WrappingTuner):
             self._unmerged[adapter_name] = self._plan.unmerged
             if not self._hooks:
                 self._hooks = [
-                    model.register_forward_pre_hook(self._take_task_names, with_kwargs=True),
-                    model.register_forward_hook(self._drop_task_names, always_call=True),
+                    model.register_forward_pre_hook(self._begin_call, with_kwargs=True),
+                    model.register_forward_hook(self._end_call, always_call=True),
                 ]
         finally:
             self._plan = self._layers = self._shared = None
@@ -672,6 +697,7 @@ class TintModel(WrappingTuner):
         units, coefficients = self._make_coefficients(config, adapter_name, name, layer)
         coefficients.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         layer.add_adapter(adapter_name, units, coefficients, self._plan.task_vectors[name])
+        layer.merge_lora[adapter_name], layer.base_bytes = config.merge_lora, self._base_bytes
 
     def _make_coefficients(self, config, adapter_name, module, layer):
         """The units of a layer and their coefficients (units, tasks), which layers of one unit share."""

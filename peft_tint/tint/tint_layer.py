@@ -6,7 +6,7 @@ from torch import nn
 from transformers import Cache
 
 from .._rows import take_rows
-from .._wrapped_layer import unload_below
+from .._wrapped_layer import Calls, unload_below
 from .merged_layer import MergedLayer
 
 
@@ -18,29 +18,34 @@ class TaskModules(nn.Module):
         # The suffix keeps a task from colliding with an attribute of ModuleDict ("pop"), with an adapter's name, and
         # with the endings ("score", "classifier") by which PEFT looks for heads
         self.copies = nn.ModuleDict({f"{task}_task": module for task, module in modules.items()})
-        self.task = next(iter(modules))
-        self.task_names = None  # one for each row of a mixed batch, while its forward runs
+        self.default_task = next(iter(modules))
+        self._calls = Calls()  # its tuner gives it its own
 
     def __getitem__(self, task):
         return self.copies[f"{task}_task"]
 
+    @property
+    def task(self):
+        return self._calls.asked.task or self.default_task
+
     def forward(self, *args, **kwargs):
-        if self.task_names is None:
+        task_names = self._calls.asked.task_names
+        if task_names is None:
             return self[self.task](*args, **kwargs)
         if self._mixes and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ValueError("The tasks of a mixed batch would share one key/value cache; pass `use_cache=False`.")
-        outputs = {task: self[task](*args, **kwargs) for task in dict.fromkeys(self.task_names)}
-        return take_rows(outputs, self.task_names)
+        outputs = {task: self[task](*args, **kwargs) for task in dict.fromkeys(task_names)}
+        return take_rows(outputs, task_names)
 
     @property
     def _mixes(self):
-        return len(set(self.task_names or ())) > 1
+        return len(set(self._calls.asked.task_names or ())) > 1
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "copies" not in vars(self).get("_modules", {}) or "task" not in vars(self):
+            if name.startswith("__") or "copies" not in vars(self).get("_modules", {}) or "_calls" not in vars(self):
                 raise
             value = getattr(self[self.task], name)
             if self._mixes and isinstance(value, torch.Tensor):
@@ -113,7 +118,8 @@ class TintLayer(ModulesToSaveWrapper):
         return super().check_set_adapter(adapter_name) if adapter_name else None
 
     def set_task(self, adapter_name, task):
-        self.modules_to_save[adapter_name].task = self.expert_modules[adapter_name].task = task
+        for modules in (self.modules_to_save[adapter_name], self.expert_modules[adapter_name]):
+            modules.default_task = task
 
     def _forward_wrapped(self, *args, **kwargs):
         if not self.active_adapters:

@@ -289,8 +289,7 @@ class TintTrainer:
                     "float32 (with `bf16=True`), or lower `learning_rate`."
                 )
             losses.append(loss.item())
-            for parameter in parameters:  # or processes whose sums are rounded otherwise would go apart
-                parameter.data.copy_(broadcast(parameter.data))
+            _set({parameter: broadcast(parameter.data) for parameter in parameters})  # rounded alike in all processes
         if losses:
             self._log({"step": 0, "head_loss": float(np.mean(losses))})
 
@@ -402,8 +401,7 @@ class TintTrainer:
         # Not the model, for DDP: what trains is small, so one exchange an update does, and a step leaves tint layers of
         # other tasks without a gradient, which DDP takes for an error
         self._optimizer = self.accelerator.prepare_optimizer(optimizer)
-        for parameter in parameters:
-            parameter.data.copy_(broadcast(parameter.data))
+        _set({parameter: broadcast(parameter.data) for parameter in parameters})
         self._loss_since_update = 0.0
         self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
         if args.collapse_guard is not None:
@@ -416,8 +414,7 @@ class TintTrainer:
         return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters().items()}
 
     def _set_parameters(self, values):
-        for name, parameter in self._parameters().items():
-            parameter.data.copy_(values[name])
+        _set({parameter: values[name] for name, parameter in self._parameters().items()})
 
     def _finish(self):
         self._optimizer = None
@@ -836,6 +833,13 @@ class _Progress:
     best: Snapshot | None = None  # by evaluation
     guard: CollapseGuard | None = None
     collapsed: bool = False
+
+
+@torch.no_grad()
+def _set(values):
+    """Not by `parameter.data`, in which nobody could see that the parameter has changed."""
+    for parameter, value in values.items():
+        parameter.copy_(value)
 
 
 @contextmanager
