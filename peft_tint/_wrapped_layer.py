@@ -5,7 +5,7 @@ import threading
 import warnings
 from abc import abstractmethod
 from contextlib import contextmanager
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
@@ -61,7 +61,9 @@ class Calls:
 class Kept(NamedTuple):
     """What a layer has merged, and what it was merged of."""
 
-    key: tuple
+    adapter_names: list[str]
+    extra: object  # of the subclass
+    module: nn.Module
     sources: list[tuple]  # (where a tensor is registered, its name, the tensor, its version, address and storage)
     merged: dict[str, torch.Tensor]
     low_rank: list[tuple[torch.Tensor, nn.Module]]  # what is not merged but added to the output
@@ -70,17 +72,20 @@ class Kept(NamedTuple):
     def trains(self) -> bool:
         return any(tensor.requires_grad for _, _, tensor, *_ in self.sources)
 
-    def is_of(self, key) -> bool:
-        return key == self.key and all(
-            place.get(name) is tensor and tensor._version == version and tensor.data_ptr() == address
-            for place, name, tensor, version, address, _ in self.sources
-        )
+    def is_of(self, adapter_names, extra, module) -> bool:
+        if extra != self.extra or module is not self.module or adapter_names != self.adapter_names:
+            return False
+        for place, name, tensor, version, address, _ in self.sources:
+            if place.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
 
 
 class WrappedLayer(nn.Module, BaseTunerLayer):
     """Wraps a module; its own parameters become W0 + sum_k lambda_k tau_k while its forward runs.
 
-    A subclass holds the terms of that sum by adapter (`_terms`, `_sources`, `_has_terms`, `_changes`).
+    A subclass holds the terms of that sum by adapter (`_terms`, `_sources`, `_has_terms`, `_changes`), and what else
+    decides on them (`_extra`).
 
     What runs is the wrapped module with the merged tensors (`call_with`), so that names, hooks, pickling and gradient
     checkpointing stay as they are, and threads can share the model. Every kind of module is served alike (position
@@ -88,6 +93,8 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
     allows it: that takes no gradient of the size of a weight. Without gradients, merged tensors are kept until
     something of what they were merged of changes.
     """
+
+    _extra = None
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
         super().__init__()
@@ -145,8 +152,10 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
     def _merged_own(self, adapter_names, low_rank):
         if torch.compiler.is_compiling():
             return self._merge(adapter_names, low_rank)
-        key, kept, grad = self._key(adapter_names), self._kept.get(low_rank), torch.is_grad_enabled()
-        if kept is not None and kept.is_of(key) and not (grad and kept.trains):
+        # DataParallel's copies have other modules, but share `_kept`
+        extra, module, grad = self._extra, self.base_layer, torch.is_grad_enabled()
+        kept = self._kept.get(low_rank)
+        if kept is not None and kept.is_of(adapter_names, extra, module) and not (grad and kept.trains):
             return kept.merged, kept.low_rank
         self._kept.pop(low_rank, None)
         sources = self._find_sources(adapter_names)
@@ -154,16 +163,12 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
             return self._merge(adapter_names, low_rank)
         with torch.inference_mode(False), torch.no_grad():
             merged = self._merge(adapter_names, low_rank or self._keeps_low_rank(adapter_names))
-        self._kept[low_rank] = Kept(key, sources, *merged)
+        self._kept[low_rank] = Kept(list(adapter_names), extra, module, sources, *merged)
         return merged
 
     def _keeps_low_rank(self, adapter_names) -> bool:
         """Whether what is kept has low ranks, too, although they could be added to the output."""
         return False
-
-    def _key(self, adapter_names):
-        """What decides on the merge beside tensors."""
-        return (id(self.base_layer), *adapter_names)  # DataParallel's copies have other modules, but share `_kept`
 
     def _find_sources(self, adapter_names):
         """What the merged tensors are made of, if it can be told whether that has changed."""
@@ -198,15 +203,16 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         return {**self.__dict__, "_kept": {}}
 
     def forward(self, *args, **kwargs):
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(*args, **kwargs)
-        merged, low_rank = self._merged(low_rank=not adds_low_rank(self.base_layer))
-        output = call_with(self.base_layer, merged, args, kwargs)
+        base_layer = self.base_layer
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return base_layer(*args, **kwargs)
+        merged, low_rank = self._merged(low_rank=not adds_low_rank(base_layer))
+        output = call_with(base_layer, merged, args, kwargs)
         for coefficients, vectors in low_rank:
             x = args[0] if args else next(iter(kwargs.values()))
-            output = output + low_rank_output(self.base_layer, x, vectors, coefficients).to(output.dtype)
+            output = output + low_rank_output(base_layer, x, vectors, coefficients).to(output.dtype)
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -296,23 +302,27 @@ def unload_below(module, merge, safe_merge, adapter_names):
                 parent._modules[name] = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
 
-def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    """The module with these tensors in the place of its own: another one, which shares all else with it."""
-    below, own = {}, {}
-    for name, tensor in tensors.items():
-        child, _, rest = name.partition(".")
-        if rest:
-            below.setdefault(child, {})[rest] = tensor
-        else:
-            own[name] = tensor
-    replaced = {id(module._parameters[name]): own[name] for name in own if name in module._parameters}
+def attributes_with(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict:
+    """The attributes of the module that has these tensors in the place of its own and shares all else with it."""
+    own, below = tensors, {}
+    if any("." in name for name in tensors):
+        own = {name: tensor for name, tensor in tensors.items() if "." not in name}
+        for name in tensors.keys() - own.keys():
+            child, _, rest = name.partition(".")
+            below.setdefault(child, {})[rest] = tensors[name]
+    replaced = {id(module._parameters[name]): tensor for name, tensor in own.items() if name in module._parameters}
     parameters = {name: replaced.get(id(value), value) for name, value in module._parameters.items()}
-    changed = {child: with_tensors(module._modules[child], theirs) for child, theirs in below.items()}
-    other = object.__new__(type(module))
     # attributes come first, and there FSDP has its own; what was compiled is bound to the module
-    vars(other).update(vars(module), **own, _compiled_call_impl=None, _parameters=parameters)
-    if changed:
-        vars(other)["_modules"] = {**module._modules, **changed}
+    attributes = {**vars(module), **own, "_compiled_call_impl": None, "_parameters": parameters}
+    if below:
+        changed = {child: with_tensors(module._modules[child], theirs) for child, theirs in below.items()}
+        attributes["_modules"] = {**module._modules, **changed}
+    return attributes
+
+
+def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    other = object.__new__(type(module))
+    vars(other).update(attributes_with(module, tensors))
     return other
 
 
@@ -326,15 +336,18 @@ def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs,
             return functional_call(module, tensors, args, kwargs)
         with shadowed(module, tensors):
             return forward(*args, **kwargs)
-    if not is_own_forward(module, forward or module.forward):  # but accelerate's, say, which calls what it is bound to
+    if "forward" in vars(module) if forward is None else not is_own_forward(module, forward):
+        # accelerate's, say, which calls what it is bound to
         with CHANGED_FOR_A_CALL, shadowed(module, tensors):
             return (forward or module)(*args, **kwargs)
-    other = with_tensors(module, tensors)
-    before = dict(vars(other))
+    attributes = attributes_with(module, tensors)
+    other = object.__new__(type(module))
+    after = vars(other)
+    after.update(attributes)
     output = other(*args, **kwargs) if forward is None else forward.__func__(other, *args, **kwargs)
-    for name, value in vars(other).items():
-        if before.get(name) is not value:  # the forward has set it
-            vars(module)[name] = value
+    if len(after) != len(attributes) or not all(map(is_, after.values(), attributes.values())):
+        # the forward has set some
+        vars(module).update({name: value for name, value in after.items() if attributes.get(name) is not value})
     return output
 
 

@@ -72,8 +72,9 @@ class MergedLayer(WrappedLayer):
         options = [self.merge_lora[adapter] for adapter in adapter_names if adapter in self.merge_lora]
         return all(default if option is None else option for option in options)
 
-    def _key(self, adapter_names):
-        return (self.expert, *super()._key(adapter_names))
+    @property
+    def _extra(self):
+        return self.expert
 
     def _merged_own(self, adapter_names, low_rank):
         if self.reused is None or self.expert is not None or not torch.is_grad_enabled():

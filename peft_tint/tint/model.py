@@ -346,7 +346,7 @@ class TintModel(WrappingTuner):
             self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
             if isinstance(layer, RootMergedLayer):
                 layer.remove_forward()
-        self._all_merged = []
+        self._all_merged = self._coefficients = []
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
     def save_merged(
@@ -475,9 +475,7 @@ class TintModel(WrappingTuner):
                         "batches of one task each, or call `gradient_checkpointing_disable()`."
                     )
             names = list(names)
-        trains = torch.is_grad_enabled() and any(
-            p.requires_grad for layer in self._all_merged[:1] for p in layer.tint_coefficients.values()
-        )
+        trains = torch.is_grad_enabled() and any(p.requires_grad for ps in self._coefficients for p in ps.values())
         if not trains and not torch.compiler.is_compiling() and not is_distributed():
             self._look_at_coefficients()
         asked = self._calls.asked
@@ -487,12 +485,12 @@ class TintModel(WrappingTuner):
     @torch.no_grad()
     def _look_at_coefficients(self):
         """What is merged counts no more if coefficients were changed by their `data`, of which no version tells."""
-        by_device = {}
-        for layer in self._all_merged:
-            for values in layer.tint_coefficients._parameters.values():
-                by_device.setdefault(values.device, []).append(values.view(-1))
-        seen = {device: torch.cat(values) for device, values in by_device.items()}
-        if seen.keys() != self._seen.keys() or not all(torch.equal(seen[d], self._seen[d]) for d in seen):
+        found = {}
+        for places in self._coefficients:
+            for adapter, values in places.items():
+                found.setdefault((adapter, values.device), []).append(values)
+        seen = {key: torch.cat(values) for key, values in found.items()}
+        if seen.keys() != self._seen.keys() or not all(torch.equal(seen[key], self._seen[key]) for key in seen):
             for layer in self._all_merged:
                 layer._kept = {}
             self._seen = seen
@@ -579,7 +577,8 @@ class TintModel(WrappingTuner):
         self._hooks = []
         self._calls = Calls()
         self._all_merged = []  # MergedLayer
-        self._seen = {}  # device -> the coefficients there in the last forward without gradients
+        self._coefficients = []  # of each of these {adapter: coefficients}
+        self._seen = {}  # all of them in the last forward without gradients
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -631,6 +630,7 @@ class TintModel(WrappingTuner):
                 self._layers[name].tied.update(ties)
             wrap_everywhere(model, self._layers.values())
             self._all_merged = [layer for layer in model.modules() if isinstance(layer, MergedLayer)]
+            self._coefficients = [layer.tint_coefficients._parameters for layer in self._all_merged]
             for name, layer in model.named_modules():
                 if isinstance(layer, MergedLayer | TaskModules):
                     layer._calls = self._calls
