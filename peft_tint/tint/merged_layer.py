@@ -26,7 +26,7 @@ class MergedLayer(WrappedLayer):
         self.units = {}  # adapter -> the names of the rows of its coefficients
         self.shares_with = {}  # adapter -> the layer whose coefficients are ours too
         self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
-        self.reused = None  # what was merged before, see `TintModel.reuse_merged_weights`
+        self.reused = None  # what was merged with gradients
 
     def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
         self._kept, self.units[adapter_name] = {}, units

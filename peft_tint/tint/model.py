@@ -267,11 +267,12 @@ class TintModel(WrappingTuner):
 
     @contextmanager
     def reuse_merged_weights(self):
-        """Within this context a weight is merged once for all forwards between which its coefficients stay as they are.
+        """Within this context a weight is merged once for all forwards between which its coefficients stay as they are,
+        with gradients, too, and under several processes. Without gradients one process keeps merged weights anyway.
 
-        It takes one more copy of the weights, and one of their gradients where gradients are taken. Those of the
-        coefficients come when the context is left: call `backward` in it, and the optimizer after it. A base that FSDP2
-        has sharded is merged each time, or no process would be left with less than all of it.
+        With gradients it takes one more copy of the weights and one of their gradients. The coefficients' come when the
+        context is left: call `backward` in it, and the optimizer after it. A base that FSDP2 has sharded is merged each
+        time, or no process would be left with less than all of it.
         """
         sharded = any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
         layers = [] if sharded else self._merged_layers()
