@@ -241,6 +241,7 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
             self._unmerged.setdefault(name, parameter.data)
             parameter.data = weight
         self.merged_adapters.extend(adapter_names)
+        self._kept = {}
 
     def unmerge(self) -> None:
         if not self.merged:

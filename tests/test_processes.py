@@ -19,7 +19,7 @@ QUICKSTART = [
     "--max_steps",
     "1",
 ]
-IN_TIME = 15  # seconds: it takes one or two, more where other programs want the cores
+IN_TIME = 5  # seconds: it takes one or two, also where other tests want the cores
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are told apart by their environment")
 

@@ -6,12 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from models import ARCHITECTURES, make_experts
+from peft import LoraConfig
+from test_lora_experts import make_adapter
 from torch import nn
 
 import peft_tint
+from peft_tint.tint import merged_layer
 
 THREADS, CALLS = 8, 1000
 TASKS = ("a", "b")
+LORA = LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], modules_to_save=["classifier"])
 BATCHES = torch.randint(0, 64, (20, 2, 6), generator=torch.Generator().manual_seed(0))
 
 
@@ -172,6 +176,27 @@ def test_a_second_call_merges_nothing(make, monkeypatch):
         logits(model, BATCHES[1])
         logits(copy.deepcopy(model) and model, BATCHES[1])
     assert not merges
+
+
+@pytest.mark.parametrize(
+    "merge_lora, memory, merges", [(True, 0, True), (None, 2**40, True), (None, 2**10, False), (False, 2**40, False)]
+)
+def test_lora_experts_are_merged_where_memory_allows(merge_lora, memory, merges, monkeypatch):
+    """Without gradients; with them they are added to the layers' outputs."""
+    monkeypatch.setattr(merged_layer, "memory_of", lambda device: memory)
+    base = build("bert")
+    experts = {task: make_adapter(base, LORA, seed) for seed, task in enumerate(TASKS)}
+    model = peft_tint.from_experts(base, experts, tint_layer="classifier", merge_lora=merge_lora).eval()
+    with_gradients = logits(model, BATCHES[0])
+    assert with_gradients.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, BATCHES[0]), with_gradients, rtol=1e-5, atol=1e-5)
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    kept = layer._kept[False]
+    assert (kept.merged["weight"] is not layer.base_layer.weight) == merges == (not kept.low_rank)
+    logits(model, BATCHES[0]).sum().backward()
+    assert not layer._kept  # its memory is for the training
+    assert model.peft_config["default"].to_dict()["merge_lora"] is None
 
 
 def test_a_forward_that_was_put_into_a_module_runs_with_merged_weights():
