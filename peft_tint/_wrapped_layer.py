@@ -4,7 +4,6 @@ import math
 import threading
 import warnings
 from abc import abstractmethod
-from contextlib import contextmanager
 from operator import attrgetter, is_
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -335,17 +335,18 @@ def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Modu
 def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs, forward=None):
     """What the module, or only its `forward`, gives with these tensors in the place of its own. Other threads may call
     it meanwhile."""
+    run = forward or module
     if not tensors:
-        return (forward or module)(*args, **kwargs)
+        return run(*args, **kwargs)
     if torch.compiler.is_compiling():
-        if forward is None:
+        if forward is None:  # the same, as Dynamo knows it best
             return functional_call(module, tensors, args, kwargs)
-        with shadowed(module, tensors):
-            return forward(*args, **kwargs)
+        with _reparametrize_module(module, tensors):
+            return run(*args, **kwargs)
     if "forward" in vars(module) if forward is None else not is_own_forward(module, forward):
         # accelerate's, say, which calls what it is bound to
-        with CHANGED_FOR_A_CALL, shadowed(module, tensors):
-            return (forward or module)(*args, **kwargs)
+        with CHANGED_FOR_A_CALL, _reparametrize_module(module, tensors):
+            return run(*args, **kwargs)
     attributes = attributes_with(module, tensors)
     other = object.__new__(type(module))
     after = vars(other)
@@ -516,22 +517,3 @@ def wrap_everywhere(model, layers):
         for name, child in module._modules.items():
             if id(child) in wrapper_of and module is not wrapper_of[id(child)]:
                 module._modules[name] = wrapper_of[id(child)]
-
-
-@contextmanager
-def shadowed(module, tensors):
-    """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
-    replaced = []
-    try:
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            attributes = module.get_submodule(owner).__dict__
-            replaced.append((attributes, leaf, attributes.get(leaf)))  # FSDP keeps its own tensor there
-            attributes[leaf] = tensor
-        yield
-    finally:
-        for attributes, leaf, before in replaced:
-            if before is None:
-                del attributes[leaf]
-            else:
-                attributes[leaf] = before

@@ -182,24 +182,22 @@ class _MergeWeight(torch.autograd.Function):
                 merged = weight.to(dtype) + unshard(own, weight.shape)
             else:
                 merged = _add_weighted(weight.to(dtype).flatten(), coefficients, stack)
-        return merged.view(weight.shape).to(weight.dtype)
+        # in this order: where the last does nothing to a tensor, Dynamo of 2.11 gives no gradients
+        return merged.to(weight.dtype).view(weight.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (task_vectors,) = ctx.saved_tensors
         dtype = _wide(grad)
-        grad_coefficients = None
-        if ctx.needs_input_grad[1]:
-            with torch.autocast(grad.device.type, enabled=False):
-                wanted = grad.to(dtype).flatten()
-                if ctx.sharded:
-                    parts = list(_in_parts(wanted))
-                    wanted = torch.empty_like(parts[0])
-                    dist.reduce_scatter(wanted, parts)
-                grad_coefficients = _inner_products(_rows(task_vectors), wanted)
-            grad_coefficients = grad_coefficients.to(ctx.coefficients_dtype)
-        return grad if ctx.needs_input_grad[0] else None, grad_coefficients, None, None
+        with torch.autocast(grad.device.type, enabled=False):
+            wanted = grad.to(dtype).flatten()
+            if ctx.sharded:
+                parts = list(_in_parts(wanted))
+                wanted = torch.empty_like(parts[0])
+                dist.reduce_scatter(wanted, parts)
+            grad_coefficients = _inner_products(_rows(task_vectors), wanted)
+        return grad, grad_coefficients.to(ctx.coefficients_dtype), None, None
 
 
 def _add_weighted(start, coefficients, stack):

@@ -19,7 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_lora_experts import make_adapter
 from test_resuming import Stopped, assert_same, make_trainer, save_bert
 from test_trainer import CLASSES, arguments, load, make_data, state
-from test_training_elsewhere import FULLGRAPH, outputs_and_gradients
+from test_training_elsewhere import outputs_and_gradients
 
 import peft_tint
 from peft_tint import MERGING_METHODS, OBJECTIVES, DtsConfig, TintConfig, TintTrainer
@@ -534,10 +534,8 @@ def compiled_like_eager(model, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo and inductor about themselves
-@pytest.mark.skipif(torch.__version__.startswith("2.12"), reason="this Dynamo deletes the weights, see FULLGRAPH")
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=FULLGRAPH)])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_compiled(kind, whole):
+def test_compiled_whole(kind):
     base = ARCHITECTURES["bert"].build(num_hidden_layers=1)
     if kind == "full":
         experts = make_experts(base, ["a", "b"])
@@ -545,7 +543,7 @@ def test_compiled(kind, whole):
         experts = {task: make_adapter(base, LORA, seed) for seed, task in enumerate("ab")}
     model = peft_tint.from_experts(base.to(DEVICE), experts, tint_layer="classifier").eval()
     backend = "inductor" if kind == "full" else "aot_eager"  # the first takes the longest of all here
-    compiled_like_eager(model, fullgraph=whole, backend=backend)
+    compiled_like_eager(model, fullgraph=True, backend=backend)
 
 
 # ---- language models -------------------------------------------------------------------------------------------------

@@ -339,9 +339,7 @@ LAYERS = [
     None,
     [],
     ["word_embeddings", "classifier"],
-    ["pooler.dense", "classifier"],
     ["layer.1", "classifier"],
-    ["layer.1.attention", "classifier"],
     ["layer.1.attention.self.query", "classifier"],
 ]
 

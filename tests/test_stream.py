@@ -114,12 +114,12 @@ def test_a_stream_has_no_last_step():
         assert trainer._optimizer.param_groups[0]["lr"] == 1e-3
 
 
-def test_memory_does_not_grow_in_10_000_batches():
+def test_memory_does_not_grow_with_the_batches():
     trainer, process, sizes = make_trainer(collapse_guard=0.9), psutil.Process(), {}
-    for i in range(1, 10_001):
+    for i in range(1, 3001):
         trainer.step("ab"[i % 2], {"x": torch.randn(2, 4)})
-        if i in (5000, 10_000):
+        if i in (1500, 3000):
             gc.collect()
             sizes[i] = process.memory_info().rss, len(gc.get_objects())
-    assert sizes[10_000][1] - sizes[5000][1] < 100  # Python's objects, tensors among them
-    assert sizes[10_000][0] - sizes[5000][0] < 1e7  # bytes: less than a kept graph a batch; pytest itself takes some
+    assert sizes[3000][1] - sizes[1500][1] < 100  # Python's objects, tensors among them
+    assert sizes[3000][0] - sizes[1500][0] < 1e7  # bytes: less than a kept graph a batch; pytest itself takes some
