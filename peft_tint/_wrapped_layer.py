@@ -14,7 +14,6 @@ from peft.utils import ModulesToSaveWrapper
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.stateless import _reparametrize_module
@@ -335,12 +334,10 @@ def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Modu
 def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs, forward=None):
     """What the module, or only its `forward`, gives with these tensors in the place of its own. Other threads may call
     it meanwhile."""
-    run = forward or module
+    run = module if forward is None else forward
     if not tensors:
         return run(*args, **kwargs)
     if torch.compiler.is_compiling():
-        if forward is None:  # the same, as Dynamo knows it best
-            return functional_call(module, tensors, args, kwargs)
         with _reparametrize_module(module, tensors):
             return run(*args, **kwargs)
     if "forward" in vars(module) if forward is None else not is_own_forward(module, forward):
