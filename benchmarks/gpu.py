@@ -119,9 +119,11 @@ def llama(args, experts, rank):
     sizes = {**LLAMA, **({"num_hidden_layers": args.layers} if args.layers else {})}
     with torch.device(args.device):
         base = LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().eval()
+    sources = [lora_expert(base, rank) if rank else dense_expert(base) for _ in range(experts)]
     started = time.perf_counter()
-    model = make(base, [lora_expert(base, rank) if rank else dense_expert(base) for _ in range(experts)])
+    model = make(base, sources)
     wrapping = time.perf_counter() - started
+    del sources
     ids = torch.randint(0, 32000, (4, 512), device=args.device)
     dense = base if not rank else get_peft_model(copy_of(base), lora_config(rank * experts)).eval()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3, fused=True)
@@ -151,16 +153,11 @@ def llama(args, experts, rank):
             pad_token_id=0,
         )
 
-    row = {"model": "Llama 1.1B", "experts": experts, "rank": rank, "make_experts_and_wrap_s": round(wrapping, 1)}
+    row = {"model": "Llama 1.1B", "experts": experts, "rank": rank, "wrap_s": round(wrapping, 1)}
     row |= ratios(args, {"dense": dense_pass, "step": step}, "dense")
     optimizer.zero_grad(set_to_none=True)
-    plain = base
-    return {
-        **row,
-        **ratios(
-            args, {"base generate": lambda: generate(plain), "generate": lambda: generate(model)}, "base generate"
-        ),
-    }
+    generations = {"base generate": lambda: generate(base), "generate": lambda: generate(model)}
+    return {**row, **ratios(args, generations, "base generate")}
 
 
 def make(base, experts):
