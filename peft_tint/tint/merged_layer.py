@@ -67,6 +67,8 @@ class MergedLayer(WrappedLayer):
                     yield from vectors.places()
 
     def _keeps_low_rank(self, adapter_names):
+        if self.expert is not None:  # which often runs for one batch, where merging would take longer
+            return False
         device = next(self.base_layer.parameters()).device
         default = 4 * self.base_bytes <= memory_of(device)
         options = [self.merge_lora[adapter] for adapter in adapter_names if adapter in self.merge_lora]
