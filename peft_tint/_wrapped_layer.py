@@ -4,7 +4,10 @@ import math
 import threading
 import warnings
 from abc import abstractmethod
+from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter, is_
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -47,11 +50,13 @@ class Calls:
 
     def __init__(self):
         self._of_threads, self._of_compiler = _AskedInThread(), Asked()
+        self.whole = False  # whether the model is traced from its own forward on, not only a part of it
 
     @property
     def asked(self) -> Asked:
-        # torch.compile traces one call, and knows no variables of threads
-        return self._of_compiler if torch.compiler.is_compiling() else self._of_threads
+        # torch.compile traces one call, and cannot follow what that writes for its thread
+        traced = torch.compiler.is_compiling() and self.whole
+        return self._of_compiler if traced else self._of_threads
 
     def __reduce__(self):
         return Calls, ()  # a copy of a model, also one that is being called, is not
@@ -95,6 +100,7 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
 
     _extra = None
     reused = None  # see `TintModel.reuse_merged_weights`
+    _in_forward = None  # the merged tensors while a forward is traced that has them in the place of parameters
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
         super().__init__()
@@ -102,7 +108,7 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         self._calls = Calls()  # its tuner gives it its own
         self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
         self.merged_adapters = []
-        self._kept = {}  # whether low ranks are merged, too -> Kept
+        self._kept = {}  # whether low ranks are to be merged, too -> Kept
         self._unmerged = {}  # the base weights while the adapter is merged into them
         self._disable_adapters = False
         self._active_adapter = list(active_adapters)
@@ -140,6 +146,8 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         if adapter_names is None:
             asked = self._calls.asked.adapters
             adapter_names = self.active_adapters if asked is None else asked
+        if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
+            return self._in_forward, []
         merged, left_out = self._merged_own(adapter_names, low_rank)
         if not self.tied:
             return merged, left_out
@@ -154,21 +162,26 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         return merged, left_out
 
     def _merged_own(self, adapter_names, low_rank):
-        if torch.compiler.is_compiling():
+        if is_traced():
             return self._merge(adapter_names, low_rank)
         # DataParallel's copies have other modules, but share `_kept`
         extra, module, grad = self._extra, self.base_layer, torch.is_grad_enabled()
         kept = self._kept.get(low_rank)
         if kept is not None and kept.is_of(adapter_names, extra, module) and not (grad and kept.trains):
             return kept.merged, kept.low_rank
-        self._kept.pop(low_rank, None)
         sources = self._find_sources(adapter_names)
         if sources is None or (grad and any(tensor.requires_grad for _, _, tensor, *_ in sources)):
+            self._kept = {}  # a training needs its memory
             return self._merge(adapter_names, low_rank)
+        keeps_low_rank = self._keeps_low_rank(adapter_names)
         with torch.inference_mode(False), torch.no_grad():
-            merged = self._merge(adapter_names, low_rank or self._keeps_low_rank(adapter_names))
-        self._kept[low_rank] = Kept(list(adapter_names), extra, module, sources, *merged)
-        return merged
+            merged, left_out = self._merge(adapter_names, low_rank or keeps_low_rank)
+        kept = Kept(list(adapter_names), extra, module, sources, merged, left_out)
+        if left_out:
+            self._kept = {False: kept}
+        elif keeps_low_rank or all(vectors.a is None for _, _, vectors in self._terms(adapter_names)):
+            self._kept = {False: kept, True: kept}
+        return merged, left_out
 
     def _keeps_low_rank(self, adapter_names) -> bool:
         """Whether what is kept has low ranks, too, although they could be added to the output."""
@@ -185,19 +198,26 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         found = [(place, name, place.get(name)) for place, name in places]
         if any(tensor is None or tensor.is_inference() for _, _, tensor in found):
             return None  # tensors of inference mode have no version
-        # who holds the storage knows that no other is put at its address
-        return [(*where, t, t._version, t.data_ptr(), t.untyped_storage()) for *where, t in found]
+        try:  # who holds the storage knows that no other is put at its address
+            return [(*where, t, t._version, t.data_ptr(), t.untyped_storage()) for *where, t in found]
+        except RuntimeError:  # tensors of `torch.func` have no storage
+            return None
 
     def _merge(self, adapter_names, low_rank):
         merged, left_out = {}, []
         for name, coefficients, vectors in self._terms(adapter_names):
-            # not get_parameter(): FSDP puts plain tensors in the parameters' place
-            weight = merged[name] if name in merged else attrgetter(name)(self.base_layer)
+            weight = merged[name] if name in merged else self._base_weight(name)
             adds = not low_rank and name == "weight" and vectors.a is not None
             merged[name] = vectors.merge(weight, coefficients, not adds)
             if adds:
                 left_out.append((coefficients, vectors))
         return merged, left_out
+
+    def _base_weight(self, name):
+        owner, _, leaf = name.rpartition(".")
+        module = self.base_layer.get_submodule(owner)
+        # FSDP1 has plain tensors in the parameters' place; another thread's call may have put merged ones before them
+        return module._parameters[leaf] if leaf in module._parameters else getattr(module, leaf)
 
     def _apply(self, *args, **kwargs):
         self._kept = {}  # or what was moved away would take memory until the next forward
@@ -213,7 +233,17 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return base_layer(*args, **kwargs)
         merged, low_rank = self._merged(low_rank=not adds_low_rank(base_layer))
-        output = call_with(base_layer, merged, args, kwargs)
+        if not merged:
+            output = base_layer(*args, **kwargs)
+        elif is_traced():
+            try:
+                self._in_forward = merged
+                with _reparametrize_module(base_layer, merged):
+                    output = base_layer(*args, **kwargs)
+            finally:
+                self._in_forward = None
+        else:
+            output = call_with(base_layer, merged, args, kwargs)
         for coefficients, vectors in low_rank:
             x = args[0] if args else next(iter(kwargs.values()))
             output = output + low_rank_output(base_layer, x, vectors, coefficients).to(output.dtype)
@@ -331,40 +361,36 @@ def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Modu
     return other
 
 
-def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs, forward=None):
-    """What the module, or only its `forward`, gives with these tensors in the place of its own. Other threads may call
-    it meanwhile."""
-    run = module if forward is None else forward
-    if not tensors:
-        return run(*args, **kwargs)
-    if torch.compiler.is_compiling():
-        with _reparametrize_module(module, tensors):
-            return run(*args, **kwargs)
-    if "forward" in vars(module) if forward is None else not is_own_forward(module, forward):
-        # accelerate's, say, which calls what it is bound to
-        with CHANGED_FOR_A_CALL, _reparametrize_module(module, tensors):
-            return run(*args, **kwargs)
+def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs):
+    """What the module gives with these tensors in the place of its own. Other threads may call it meanwhile."""
+    if not can_be_copied(module, tensors):
+        with CHANGED_FOR_A_CALL, shadowed(module, tensors):
+            return module(*args, **kwargs)
     attributes = attributes_with(module, tensors)
     other = object.__new__(type(module))
     after = vars(other)
     after.update(attributes)
-    output = other(*args, **kwargs) if forward is None else forward.__func__(other, *args, **kwargs)
+    output = other(*args, **kwargs)
     if len(after) != len(attributes) or not all(map(is_, after.values(), attributes.values())):
         # the forward has set some
         vars(module).update({name: value for name, value in after.items() if attributes.get(name) is not value})
     return output
 
 
-def put_back_forward(module: nn.Module, ours) -> None:
-    """`ours` has the forward that it took the place of as `__wrapped__`."""
-    if ours is not None and vars(module).get("forward") is ours:
-        module.forward = ours.__wrapped__
-        if is_own_forward(module, module.forward):
-            del module.forward
+def can_be_copied(module: nn.Module, tensors) -> bool:
+    """Whether nothing in the module knows it by another way than `self`: a forward of accelerate's, say, is bound to
+    it, and others' modules may hold what refers to them."""
+    attributes = vars(module)
+    if "forward" in attributes or not type(module).__module__.startswith(("torch.nn.", "transformers.")):
+        return False
+    if any(type(value) is MethodType for value in attributes.values()):
+        return False
+    below = [name.partition(".") for name in tensors if "." in name]
+    return all(can_be_copied(module._modules[child], [name]) for child, _, name in below)
 
 
-def is_own_forward(module: nn.Module, forward) -> bool:
-    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+def is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def adds_low_rank(module: nn.Module) -> bool:
@@ -398,12 +424,14 @@ def low_rank_output(module, x, vectors, coefficients):
 class RootLayer:
     """The parameters that a model holds itself, such as cls tokens of a plain vision transformer.
 
-    Goes before a WrappedLayer in the bases of a class. The model cannot be wrapped, so its `forward` is replaced. This
-    layer is a child of the model and does not register it, which would be a cycle."""
+    Goes before a WrappedLayer in the bases of a class. The model cannot be wrapped, so hooks put the merged tensors in
+    place, for one thread at a time. This layer is a child of the model and does not register it, which would be a
+    cycle."""
 
     def __init__(self, model: nn.Module, active_adapters: list[str]):
         super().__init__(model, active_adapters)
         self.__dict__["_model"] = self._modules.pop("base_layer")
+        self._shadows = []  # of the forwards that run, one inside of another
         if isinstance(model, PreTrainedModel) and model.can_generate():
             names = ", ".join(name for name, _ in model.named_parameters(recurse=False))
             warnings.warn(
@@ -411,37 +439,46 @@ class RootLayer:
                 "`generate` may read them elsewhere. Generate with what `merge_and_unload()` returns.",
                 stacklevel=2,
             )
-        self._forward = model.forward = RootForward(self)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
 
     @property
     def base_layer(self):
         return self._model
 
-    def remove_forward(self):
-        self._forward.layer = None
-        put_back_forward(self.base_layer, self._forward)
+    def _before_forward(self, model, args):
+        if not is_traced():
+            CHANGED_FOR_A_CALL.acquire()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        merged = {} if self.disable_adapters or self.merged else self.merged_tensors()
+        if is_traced() and merged:
+            self._in_forward = merged
+        self._shadows.append(shadowed(model, merged))
+        self._shadows[-1].__enter__()
+
+    def _after_forward(self, model, args, output):
+        if self._shadows:
+            self._shadows.pop().__exit__(None, None, None)
+            if is_traced():
+                self._in_forward = None
+            else:
+                CHANGED_FOR_A_CALL.release()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_shadows": []}
+
+    def remove_hooks(self):
+        for hook in self._hooks:
+            hook.remove()
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.remove_forward()
+        self.remove_hooks()
         return self.base_layer
-
-
-class RootForward:
-    """In the place of `model.forward`: runs that with the parameters that a RootLayer merges."""
-
-    def __init__(self, layer: RootLayer):
-        self.layer, self.__wrapped__ = layer, layer.base_layer.forward
-
-    def __call__(self, *args, **kwargs):
-        layer, forward = self.layer, self.__wrapped__
-        if layer is None:
-            return forward(*args, **kwargs)
-        if layer.disable_adapters and layer.merged:
-            layer.unmerge()
-        merged = {} if layer.disable_adapters or layer.merged else layer.merged_tensors()
-        return call_with(layer.base_layer, merged, args, kwargs, forward)
 
 
 class WrappingTuner(BaseTuner):
@@ -514,3 +551,34 @@ def wrap_everywhere(model, layers):
         for name, child in module._modules.items():
             if id(child) in wrapper_of and module is not wrapper_of[id(child)]:
                 module._modules[name] = wrapper_of[id(child)]
+
+
+@contextmanager
+def shadowed(module, tensors):
+    """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
+    replaced = []
+    if module.__dict__.get("gradient_checkpointing"):
+        # transformers has the module run its own forward again in the backward, when this context has been left
+        checkpoint = partial(_checkpoint_shadowed, module, tensors, module._gradient_checkpointing_func)
+        tensors = {**tensors, "_gradient_checkpointing_func": checkpoint}
+    try:
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            attributes = module.get_submodule(owner).__dict__
+            replaced.append((attributes, leaf, attributes.get(leaf)))  # FSDP keeps its own tensor there
+            attributes[leaf] = tensor
+        yield
+    finally:
+        for attributes, leaf, before in replaced:
+            if before is None:
+                del attributes[leaf]
+            else:
+                attributes[leaf] = before
+
+
+def _checkpoint_shadowed(module, tensors, checkpoint, function, *args, **kwargs):
+    def run(*args, **kwargs):
+        with shadowed(module, tensors):
+            return function(*args, **kwargs)
+
+    return checkpoint(run, *args, **kwargs)

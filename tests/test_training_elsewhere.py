@@ -30,6 +30,13 @@ from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 from peft_tint.training import trainer as trainer_module
 
 CLASSES = {"a": 2, "score": 3, "b": 5}
+HOLDS_PARAMETERS = pytest.param(
+    *("plain_transformer", "full"),
+    marks=pytest.mark.xfail(
+        torch.__version__ < torch.torch_version.TorchVersion("2.13"),
+        reason="Dynamo up to 2.12 does not trace `del` on a module's `__dict__`",
+    ),
+)
 BEIT = Architecture(  # its layers hold parameters of their own and are checkpointed
     transformers_model(
         BeitForImageClassification, BeitConfig, image_size=32, patch_size=8, layer_scale_init_value=0.5, **SMALL
@@ -133,7 +140,7 @@ def test_transformers_trainer_trains_saves_and_resumes(bert, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
-@pytest.mark.parametrize("name, kind", [("bert", "full"), ("bert", "lora"), ("plain_transformer", "full")])
+@pytest.mark.parametrize("name, kind", [("bert", "full"), ("bert", "lora"), HOLDS_PARAMETERS])
 def test_compiled_whole(name, kind):
     """`fullgraph` allows no graph break. A compiled model follows coefficients and tasks as they change."""
     inputs, tint_layer = ARCHITECTURES[name].inputs, {"bert": "classifier", "plain_transformer": "fc"}[name]

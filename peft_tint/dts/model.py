@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,6 @@ from .._wrapped_layer import (
     check_names,
     check_no_peft_model,
     plain_name,
-    put_back_forward,
     short_name,
     wrap_everywhere,
 )
@@ -158,10 +157,6 @@ class DtsModel(WrappingTuner):
         self._show_labels([])
         return model
 
-    def _unload_and_optionally_merge(self, *args, **kwargs):
-        put_back_forward(self.model, self._forward)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
-
     def _enable_adapter_layers(self, enabled=True):
         super()._enable_adapter_layers(enabled)
         self._show_labels(self.active_adapters if enabled else [])
@@ -259,15 +254,28 @@ class DtsModel(WrappingTuner):
             yield
             return
         self._check_adapter_names(names)
-        with CHANGED_FOR_A_CALL:
-            if self._forward is None:
-                self._forward = self.model.forward = ForwardByAdapter(self.model, self._calls)
+        self._calls.whole = torch.compiler.is_compiling()
         asked = self._calls.asked
+        self._mix(1)
         try:
             asked.adapters, asked.adapter_names = [], list(names)
             yield
         finally:
             asked.adapters = asked.adapter_names = None
+            self._mix(-1)
+
+    def _mix(self, more):
+        """Has the model's forward one that mixes adapters while there are calls that do."""
+        with nullcontext() if torch.compiler.is_compiling() else CHANGED_FOR_A_CALL:
+            self._mixing += more
+            ours = vars(self.model).get("forward")
+            if more > 0 and not isinstance(ours, ForwardByAdapter):
+                self.model.forward = ForwardByAdapter(self.model, self._calls)
+            elif not self._mixing and isinstance(ours, ForwardByAdapter) and not torch.compiler.is_compiling():
+                if ours.before is None:
+                    del self.model.forward
+                else:
+                    self.model.forward = ours.before
 
     def _check_adapter_names(self, names):
         if self.training:
@@ -284,7 +292,7 @@ class DtsModel(WrappingTuner):
     def _pre_injection_hook(self, model, config, adapter_name):
         check_no_peft_model(model)
         self._layers, self._calls = [], Calls()
-        self._forward = None  # a ForwardByAdapter, from the first mixed batch on
+        self._mixing = 0  # calls that mix adapters now
         self._base_labels = labels_of(getattr(model, "config", None))
 
     def _prepare_model(self, config: DtsConfig, model: nn.Module) -> None:
@@ -442,11 +450,12 @@ class DtsModel(WrappingTuner):
 
 
 class ForwardByAdapter:
-    """In the place of `model.forward`, for good: where a call names an adapter for each row, the model runs once for
-    each adapter, on that adapter's rows."""
+    """In the place of `model.forward`: where a call names an adapter for each row, the model runs once for each
+    adapter, on that adapter's rows."""
 
     def __init__(self, model, calls):
         self.model, self._calls, self.__wrapped__ = model, calls, model.forward
+        self.before = vars(model).get("forward")
 
     def __call__(self, *args, **kwargs):
         asked = self._calls.asked

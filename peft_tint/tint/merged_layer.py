@@ -69,8 +69,8 @@ class MergedLayer(WrappedLayer):
     def _keeps_low_rank(self, adapter_names):
         if self.expert is not None:  # which often runs for one batch, where merging would take longer
             return False
-        device = next(self.base_layer.parameters()).device
-        default = 4 * self.base_bytes <= memory_of(device)
+        weight = next(self.base_layer.parameters(), None)  # copies of DataParallel's have none
+        default = weight is not None and 4 * self.base_bytes <= memory_of(weight.device)
         options = [self.merge_lora[adapter] for adapter in adapter_names if adapter in self.merge_lora]
         return all(default if option is None else option for option in options)
 

@@ -32,6 +32,7 @@ from .._wrapped_layer import (
     check_names,
     check_no_peft_model,
     is_distributed,
+    is_traced,
     plain_name,
     short_name,
     wrap_everywhere,
@@ -289,6 +290,8 @@ class TintModel(WrappingTuner):
         finally:
             for layer in layers:
                 layer.reused = None
+                if is_distributed():
+                    layer._kept = {}
 
     def expert_fingerprint(self, task: str) -> str:
         """A hash of all that decides what the expert of `task` computes: its weights, class and config."""
@@ -315,6 +318,7 @@ class TintModel(WrappingTuner):
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._all_merged = self._coefficients = []  # or they would take memory as long as the PeftModel is there
         for hook in self._hooks:
             hook.remove()
         return model
@@ -346,7 +350,7 @@ class TintModel(WrappingTuner):
             parent, _, child = name.rpartition(".")
             self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
             if isinstance(layer, RootMergedLayer):
-                layer.remove_forward()
+                layer.remove_hooks()
         self._all_merged = self._coefficients = []
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
@@ -477,8 +481,9 @@ class TintModel(WrappingTuner):
                     )
             names = list(names)
         trains = torch.is_grad_enabled() and any(p.requires_grad for ps in self._coefficients for p in ps.values())
-        if not trains and not torch.compiler.is_compiling() and not is_distributed():
+        if not trains and not is_traced() and not is_distributed():
             self._look_at_coefficients()
+        self._calls.whole = torch.compiler.is_compiling()
         asked = self._calls.asked
         asked.task, asked.task_names = self._task.get(next(iter(self.active_adapters), None)), names
         return args, kwargs
@@ -491,7 +496,11 @@ class TintModel(WrappingTuner):
             for adapter, values in places.items():
                 found.setdefault((adapter, values.device), []).append(values)
         seen = {key: torch.cat(values) for key, values in found.items()}
-        if seen.keys() != self._seen.keys() or not all(torch.equal(seen[key], self._seen[key]) for key in seen):
+        try:
+            same = seen.keys() == self._seen.keys() and all(torch.equal(seen[key], self._seen[key]) for key in seen)
+        except RuntimeError:  # tensors of `torch.func`, and fake ones, cannot be compared
+            same = False
+        if not same:
             for layer in self._all_merged:
                 layer._kept = {}
             self._seen = seen
@@ -503,6 +512,8 @@ class TintModel(WrappingTuner):
     def _end_call(self, model, args, output):
         asked = self._calls.asked
         asked.task = asked.task_names = None
+        if torch.compiler.is_compiling():
+            self._calls.whole = False
 
     @property
     def _adapter(self) -> str:
