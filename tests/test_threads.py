@@ -1,16 +1,20 @@
 """A model that several threads call at once, as a server does, gives each caller its own right answer."""
 
 import copy
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from models import ARCHITECTURES, make_experts
 from peft import LoraConfig
 from test_lora_experts import make_adapter
 from torch import nn
 
 import peft_tint
+from peft_tint.task_vectors import TaskVectors
 from peft_tint.tint import merged_layer
 
 THREADS, CALLS = 8, 1000
@@ -209,6 +213,92 @@ def test_a_forward_that_was_put_into_a_module_runs_with_merged_weights():
         plain = dense.forward
         dense.forward = lambda x: plain(x) + 0.0
         torch.testing.assert_close(logits(model, BATCHES[0]), wanted)
+
+
+class Bound(nn.Module):
+    """Reaches its own weight by another way than `self`."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.run = self.multiply
+
+    def multiply(self, x):
+        return x @ self.weight
+
+    def forward(self, x):
+        return self.run(x)
+
+
+class Holder(nn.Module):
+    """Another module holds a part of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.others = nn.Parameter(torch.randn(4, 4)), [self]
+
+    def forward(self, x):
+        return x @ self.others[0].weight
+
+
+class Table(nn.Module):
+    """Its own parameter is that of a layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.embed = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 6, bias=False)
+        self.embed.weight = self.table
+
+    def forward(self, x):
+        return self.embed(x) @ self.table
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.parametrize("hooked", ["", "0", "1.linear1", "root"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("first", [Bound, Holder, Table])
+def test_what_knows_itself_by_another_way_runs_with_merged_weights(first, hooked, compiled):
+    """Threads wait for each other there."""
+    torch.manual_seed(0)
+    base = nn.Sequential(first(), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0), nn.Linear(4, 3))
+    model = peft_tint.from_experts(base, make_experts(base, TASKS), tint_layer=[])
+    x = torch.randn(3, 5, 4)
+    wanted = copy.deepcopy(model).merge_and_unload()(x)
+    if hooked:
+        inner = model.base_model.model
+        module = inner if hooked == "root" else {"0": inner[0], "1.linear1": inner[1].base_layer.linear1}[hooked]
+        add_hook_to_module(module.base_layer if hooked == "0" else module, ModelHook())
+    torch.compiler.reset()
+    run = torch.compile(model, backend="eager") if compiled and not hooked else model
+    torch.testing.assert_close(run(x), wanted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: model(x), range(20)):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+def test_a_part_that_is_compiled_sees_the_tasks_of_a_call():
+    base = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 3))
+    model = peft_tint.from_experts(base, make_experts(base, TASKS), tint_layer=["0.1", "1"]).eval()
+    x, names = torch.randn(3, 4), ["a", "b", "a"]
+    with torch.no_grad():
+        wanted = model(x, task_names=names)
+        torch.compiler.reset()
+        model.base_model.model[0].compile(backend="eager")
+        torch.testing.assert_close(model(x, task_names=names), wanted)
+        torch.testing.assert_close(model(x, task_names=names[::-1]), wanted)
+
+
+def test_nothing_outlives_what_was_unloaded():
+    base = build("bert")
+    model = make_tint(base, make_experts(base, TASKS))
+    logits(model, BATCHES[0])
+    held = [weakref.ref(module) for module in model.modules() if isinstance(module, TaskVectors)]
+    merged = model.merge_and_unload()
+    gc.collect()
+    assert merged is not None and not any(reference() for reference in held)
 
 
 def test_what_a_forward_sets_is_set_on_the_module():
