@@ -31,6 +31,16 @@ UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecode
 CHANGED_FOR_A_CALL = threading.RLock()
 
 
+class _InThread(threading.local):
+    """The RootLayers whose models a thread calls, one inside of another, with what they have put in place."""
+
+    def __init__(self):
+        self.shadows = []
+
+
+_IN_THREAD = _InThread()
+
+
 class Asked:
     """What the call of a model that is running asks for; None is what the model does by default."""
 
@@ -431,7 +441,7 @@ class RootLayer:
     def __init__(self, model: nn.Module, active_adapters: list[str]):
         super().__init__(model, active_adapters)
         self.__dict__["_model"] = self._modules.pop("base_layer")
-        self._shadows = []  # of the forwards that run, one inside of another
+        self._shadows = []  # of a forward that is traced
         if isinstance(model, PreTrainedModel) and model.can_generate():
             names = ", ".join(name for name, _ in model.named_parameters(recurse=False))
             warnings.warn(
@@ -449,26 +459,27 @@ class RootLayer:
         return self._model
 
     def _before_forward(self, model, args):
-        if not is_traced():
-            CHANGED_FOR_A_CALL.acquire()
         if self.disable_adapters and self.merged:
             self.unmerge()
-        merged = {} if self.disable_adapters or self.merged else self.merged_tensors()
-        if is_traced() and merged:
-            self._in_forward = merged
-        self._shadows.append(shadowed(model, merged))
-        self._shadows[-1].__enter__()
+        merged = {} if self.disable_adapters or self.merged else self.merged_tensors()  # before the lock: it may raise
+        if is_traced():
+            self._in_forward = merged or None
+            shadows = self._shadows
+        else:
+            CHANGED_FOR_A_CALL.acquire()
+            shadows = _IN_THREAD.shadows
+        shadows.append((self, shadowed(model, merged)))
+        shadows[-1][1].__enter__()
 
     def _after_forward(self, model, args, output):
-        if self._shadows:
-            self._shadows.pop().__exit__(None, None, None)
+        """Also where a hook before ours has failed, so that there is nothing to take back."""
+        shadows = self._shadows if is_traced() else _IN_THREAD.shadows
+        if shadows and shadows[-1][0] is self:
+            shadows.pop()[1].__exit__(None, None, None)
             if is_traced():
                 self._in_forward = None
             else:
                 CHANGED_FOR_A_CALL.release()
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "_shadows": []}
 
     def remove_hooks(self):
         for hook in self._hooks:

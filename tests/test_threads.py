@@ -277,6 +277,33 @@ def test_what_knows_itself_by_another_way_runs_with_merged_weights(first, hooked
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("where", ["before", "in", "inside"])
+def test_a_call_that_fails_keeps_no_other_thread_waiting(where, monkeypatch):
+    """Nor does it take back what another thread has put in place."""
+    base = build("plain")
+    model = make_tint(base, make_experts(base, TASKS))
+    with torch.no_grad():
+        wanted = logits(model, BATCHES[0])
+        root = model.base_model.model.tint_root
+
+        def fail(*args, **kwargs):
+            raise ValueError("on purpose")
+
+        with monkeypatch.context() as patch:
+            if where == "before":
+                hook = model.base_model.model.register_forward_pre_hook(fail, prepend=True)
+            elif where == "in":
+                patch.setattr(root, "merged_tensors", fail)
+            else:
+                patch.setattr(model.base_model.model.block, "forward", fail)
+            with pytest.raises(ValueError, match="on purpose"):
+                logits(model, BATCHES[0])
+            if where == "before":
+                hook.remove()
+        with ThreadPoolExecutor(1) as pool:
+            torch.testing.assert_close(pool.submit(logits, model, BATCHES[0]).result(10), wanted)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_a_part_that_is_compiled_sees_the_tasks_of_a_call():
