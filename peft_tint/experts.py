@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, extract_commit_hash, find_adapter_config_file
 
 from ._files import INDEX, SINGLE, check_inside, check_reference, sha256_of, shard_names
+from ._structure import is_under
 from .checkpoints import module_names
 from .task_vectors import LazyTensors, LowRank, compute_task_vector
 
@@ -111,7 +113,7 @@ def load_expert(task: str, source, base: nn.Module) -> Expert:
         if hasattr(source, "peft_config"):
             if not isinstance(source, PeftModel):
                 raise ValueError(f"Expert {task!r} has adapters without being a PeftModel; give its merged weights.")
-            return _from_adapter(task, copy.deepcopy(source), getattr(source, "config", None))
+            return _from_adapter(task, _copy_sharing_base(source), getattr(source, "config", None))
         return Expert(task, source.state_dict(), source, getattr(source, "config", None))
     if isinstance(source, Mapping) and source and all(isinstance(value, torch.Tensor) for value in source.values()):
         return Expert(task, dict(source), None, None)
@@ -327,7 +329,10 @@ def _load_adapter(task, location, where, base):
     config.base_model_name_or_path = None  # or PEFT warns too, of any change of the path
     _weight_files(task, location, where)
     weights = _named(task, location, load_peft_weights, location, device="cpu", **where)
-    model = without_adapters(base)
+    # PEFT puts trained biases into the base's in place, and starts such as OLoRA's take their part out of its weights
+    plain = config.peft_type == "LORA" and config.init_lora_weights in (True, False, "gaussian")
+    plain = plain and all(".lora_" in key for key in weights)
+    model = without_adapters(base, shares_tensors=plain)
     tensors = dict(model.named_parameters())
     for key, tensor in weights.items():  # a head of the adapter's own size
         name = key.removeprefix("base_model.model.")
@@ -348,9 +353,23 @@ def _load_adapter(task, location, where, base):
     return _from_adapter(task, adapter, None)
 
 
-def without_adapters(model):
+def _copy_sharing_base(model):
+    """A copy with the tensors of adapters copied and those of the base shared."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    base = [layer.get_base_layer() for layer in layers] + [wrapper.original_module for wrapper in wrappers]
+    of_base = {id(parameter) for module in base for parameter in module.parameters()}
+    of_adapters = {id(parameter) for module in layers + wrappers for parameter in module.parameters()} - of_base
+    return _copy_sharing(model, [p for p in model.parameters() if id(p) not in of_adapters])
+
+
+def _copy_sharing(model, parameters):
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.data, p.requires_grad) for p in parameters})
+
+
+def without_adapters(model, shares_tensors=False):
     """A copy of the model as it was before any adapter."""
-    model = copy.deepcopy(model)
+    model = _copy_sharing(model, model.parameters() if shares_tensors else ())
     vars(model).pop("peft_config", None)
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
@@ -380,17 +399,24 @@ def _from_adapter(task, adapter, config):
     for name, parameter in tuner.model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name.replace(".base_layer", ""))
     low_rank = {}
-    for name, layer in tuner.model.named_modules():
-        if not isinstance(layer, BaseTunerLayer) or isinstance(layer, TrainableTokensLayer):
+    for name, layer in list(tuner.model.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
             continue
-        for parameter in layer.get_base_layer().parameters(recurse=False):
-            if len(names := names_of[id(parameter)]) > 1:
+        base_layer = layer.get_base_layer()
+        for parameter in base_layer.parameters(recurse=False):
+            names = names_of[id(parameter)]
+            if len(names) > 1 and not isinstance(layer, TrainableTokensLayer):
                 raise ValueError(
                     f"Expert {task!r}: its {kind} adapter works on {' and '.join(map(repr, names))}, one tied tensor "
                     "in the base model, which it would untie. Load the base untied (`tie_word_embeddings=False`)."
                 )
         if isinstance(layer, LoraLayer) and (factors := _lora_factors(layer, tuner.active_adapters[0])):
             low_rank[f"{name.replace('.base_layer', '')}.weight"] = factors
+            if not any(layer.lora_bias.values()):  # nothing is left of it to be merged
+                tuner.model.set_submodule(name, base_layer)
+                continue
+        for parameter in base_layer.parameters():  # which the merge changes in place, and others share
+            parameter.data = parameter.data.clone()
     try:
         model = adapter.merge_and_unload()
     # what the merges of PEFT's methods raise that have none, or not for these layers
@@ -446,7 +472,8 @@ def check_expert(
 ) -> None:
     """Accounts for every tensor of an expert; raises ValueError, naming expert and tensor, at the first that is off.
 
-    `base_tensors` are the base's parameters and persistent buffers by name, tied ones under each of their names.
+    `base_tensors` are the base's parameters and persistent buffers by name, tied ones under each of their names, and
+    finite (`check_finite`).
     Tensors named in `per_task` (the head, the tint layer) may have shapes of their own, those in `fixed` cannot be
     merged (buffers) and must have the base's values.
     """
@@ -516,6 +543,7 @@ def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Itera
             f"Expert {task!r} has {listing(extra)}, which the base model has not. Load the base as the "
             "class of the expert (for instance AutoModelForSequenceClassification)."
         )
+    unchanged = set()
     found = {}  # kind -> the problems of single tensors; of many alike, the first stands for all
     first_name = {}
     for name in [name for name in tensors if name in base_tensors and name not in quantised]:
@@ -526,9 +554,13 @@ def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Itera
                 f"Expert {task!r}: {other!r} and {name!r} are one tied tensor in the base model and differ in the "
                 "expert. Untie the base's (`tie_word_embeddings=False`), or tie the expert's."
             )
-        factors = expert.low_rank.get(name, ())[:2]
-        if tensor.is_floating_point() and not all(map(is_finite, (tensor, *factors))):
-            count = sum(int((~torch.isfinite(part)).sum()) for part in (tensor, *factors))
+        parts = list(expert.low_rank.get(name, ())[:2])
+        if same_values(tensor, weight.detach()):
+            unchanged.add(name)
+        else:
+            parts.append(tensor)
+        if tensor.is_floating_point() and not all(map(is_finite, parts)):
+            count = sum(int((~torch.isfinite(part)).sum()) for part in parts)
             found.setdefault("finite", []).append(
                 f"Expert {task!r}: {name!r} has {count} NaN or Inf of {tensor.numel()} values. The "
                 "checkpoint is broken; fine-tune or download it again."
@@ -548,7 +580,7 @@ def expert_problems(expert, base_tensors, per_task, fixed, base_config) -> Itera
         yield first + (f" ({len(more)} more tensors are like that.)" if more else "")
     matrices = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.ndim > 1} - per_task
     same = [name for name in matrices & base_tensors.keys() if tensors[name].shape == base_tensors[name].shape]
-    cosines = sorted(_cosine(tensors[name], base_tensors[name].detach()) for name in same)
+    cosines = sorted(1.0 if n in unchanged else _cosine(tensors[n], base_tensors[n].detach()) for n in same)
     if cosines and cosines[len(cosines) // 2] < UNRELATED_COSINE:
         problem = (
             f"Expert {task!r} was not fine-tuned from this base model: the median cosine between their matrices is "
@@ -564,6 +596,23 @@ def check_finite(base_tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in base_tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             raise ValueError(f"The base model's {name!r} has NaN or Inf; download or save it again.")
+
+
+def share_unchanged(expert: Expert, base_tensors: dict[str, torch.Tensor]) -> Expert:
+    """The expert with the base's own tensors where its have the same values, which is seen at once from then on."""
+    tensors = dict(expert.tensors)
+    for name in tensors.keys() & base_tensors.keys():
+        if same_values(tensors[name], base_tensors[name].detach()):
+            tensors[name] = base_tensors[name].detach()
+    return expert._replace(tensors=tensors)
+
+
+def same_values(tensor: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether an expert's tensor is the base's, which needs no look at them where they are one in memory."""
+    if (tensor.shape, tensor.dtype, tensor.device) != (weight.shape, weight.dtype, weight.device):
+        return False
+    shared = tensor.data_ptr() == weight.data_ptr() and tensor.stride() == weight.stride()
+    return shared or torch.equal(tensor, weight)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -603,6 +652,10 @@ def expert_module(expert, name, base_module, tensors, of_expert):
     reference = next(base_module.parameters())
     if expert.module is not None:
         module = copy.deepcopy(expert.module.get_submodule(name))
+        for changed, factors in expert.low_rank.items():
+            if is_under(changed, [name]):
+                weight = attrgetter(changed.removeprefix(f"{name}."))(module).data
+                weight += factors.dense().view(weight.shape).to(weight)
     else:
         module = without_adapters(base_module)
         for path, child in module.named_modules():

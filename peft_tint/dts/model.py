@@ -42,6 +42,7 @@ from .._wrapped_layer import (
 )
 from ..experts import (
     check_expert,
+    check_finite,
     check_unquantised,
     expert_labels,
     expert_module,
@@ -328,6 +329,7 @@ class DtsModel(WrappingTuner):
     def _load(self, config, model, tensors, buffers, source):
         """The expert's tensors, checked, by the id of the base's. Notes the labels in the config."""
         in_head = {join(name, leaf) for name, own in self._parts.head.items() for leaf in own}
+        check_finite(tensors)
         vocabulary = find_vocabulary(model, tensors)
         expert = match_vocabulary(load_expert("expert", source, model), tensors, vocabulary, common=False)
         check_expert(expert, tensors, in_head, buffers - in_head, getattr(model, "config", None))

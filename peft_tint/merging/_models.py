@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .._structure import Structure, find_head, inspect_model, is_under, named_tensors, plain_modules
+from .._structure import Structure, find_head, inspect_model, named_tensors, plain_modules
 from ..experts import (
     check_expert,
     check_finite,
@@ -74,7 +74,7 @@ def merge(
         check_expert(expert, tensors, in_head, fixed, getattr(base, "config", None))
         loaded[task], of_expert = expert, expert.by_tensor(tensors)
         if per_task:
-            heads[task] = {name: _own_module(expert, name, modules[name], tensors, of_expert) for name in head}
+            heads[task] = {name: expert_module(expert, name, modules[name], tensors, of_expert) for name in head}
             labels[task] = expert_labels(expert, base, heads[task].values())
         elif any(of_expert[key].shape != tensors[name].shape for key, name in names.items()):  # only a head's may
             warnings.warn(
@@ -98,14 +98,6 @@ def merge(
             setattr(models[task], name, module.train(base.training))
         set_labels(models[task], labels[task])
     return models if per_task else models[""]
-
-
-def _own_module(expert, name, base_module, tensors, of_expert):
-    for changed, factors in expert.low_rank.items():
-        if is_under(changed, [name]):  # put in place into the module, which is a copy that `load_expert` made
-            tensor = of_expert[id(tensors[changed])]
-            tensor += factors.dense().view(tensor.shape).to(tensor)
-    return expert_module(expert, name, base_module, tensors, of_expert)
 
 
 def check_base(base: nn.Module, tasks) -> Structure:

@@ -35,11 +35,14 @@ from ..dts.config import encode_arguments
 from ..experts import (
     Expert,
     check_expert,
+    check_finite,
     check_unquantised,
     expert_labels,
     expert_module,
     load_expert,
     match_vocabulary,
+    same_values,
+    share_unchanged,
 )
 from ..merging import transform_task_vectors
 from ..task_vectors import LazyTensors, LowRank, TaskVectors, compute_task_vector, shard
@@ -176,9 +179,11 @@ def _start(plan, base, task_vectors, config):
 
 
 def _load_experts(plan, base, sources, dense, low_rank, config):
+    check_finite(base.tensors)
     vocabulary = find_vocabulary(base.model, base.tensors)
     for index, (task, source) in enumerate(sources.items()):
-        expert = match_vocabulary(load_expert(task, source, base.model), base.tensors, vocabulary, common=False)
+        expert = share_unchanged(load_expert(task, source, base.model), base.tensors)
+        expert = match_vocabulary(expert, base.tensors, vocabulary, common=False)
         of_model = getattr(base.model, "config", None)
         check_expert(expert, base.tensors, base.per_task, base.buffers - base.per_task, of_model)
         _add_expert(plan, base, expert, index, dense, low_rank, config)
@@ -193,9 +198,11 @@ def _add_expert(plan, base, expert, index, dense, low_rank, config):
             low_rank[name][index] = LowRank(factors.b.to(device), factors.a.to(device), factors.scale)
         else:
             tensor = of_expert[id(base.tensors[name])]
-            tensor += factors.dense().view(tensor.shape).to(tensor)
+            of_expert[id(base.tensors[name])] = tensor + factors.dense().view(tensor.shape).to(tensor)
     for name in base.owned:
         weight = base.tensors[name].detach()
+        if same_values(of_expert[id(base.tensors[name])], weight):
+            continue
         change = compute_task_vector(of_expert[id(base.tensors[name])].to(weight.device), weight)
         if change.any():
             dense[name][index] = _to_keep(config, change, weight)
