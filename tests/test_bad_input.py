@@ -289,9 +289,19 @@ def test_objective(model, bert):
         TintTrainer(model, train_dataset={"b": data()})
 
 
-def test_not_finite_loss(model):
-    trainer = TintTrainer(model, objective=lambda logits, expert_logits, mask: logits.sum() * float("nan"))
-    with pytest.raises(FloatingPointError, match="loss of task 'a' is nan"):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_not_finite_loss(model, value):
+    """It changes nothing, and is told with the next entry of the log."""
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    factors = iter([1.0, float(value), 1.0, 1.0])
+    arguments = TintTrainingArguments(logging_steps=3)
+    trainer = TintTrainer(model, arguments, objective=lambda logits, *_: logits.square().sum() * next(factors))
+    trainer.step("a", IDS)
+    after = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    trainer.step("a", IDS)
+    assert all(torch.equal(after[name], value) for name, value in model.named_parameters())
+    with pytest.raises(FloatingPointError, match=f"loss of task 'a' is {value}.*left out"):
         trainer.step("a", IDS)
 
 

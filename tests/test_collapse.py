@@ -83,9 +83,10 @@ def test_a_window_is_the_sum_of_its_batches():
     for part in (slice(0, 1), slice(1, 4)):
         window.add_classes("a", ours[part], experts[part], 4)
     window.add_classes("b", ours, ours, 2)
-    window.add("a", loss=1.0)
-    window.add("a", loss=3.0)
-    window.add("b", loss=5.0)
+    window.add("a", loss=torch.tensor(1.0))
+    window.add("a", loss=torch.tensor(3.0))
+    window.add("b", loss=torch.tensor(5.0))
+    window.fetch()
     spread = perplexity([3, 1]) / perplexity([2, 1, 1])
     assert window.per_task() == {"loss_a": 2, "loss_b": 5, "spread_a": pytest.approx(spread), "spread_b": 1}
     assert window.summary() == {"loss": 3, "spread": pytest.approx((1 + spread) / 2)}

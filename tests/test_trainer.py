@@ -218,6 +218,21 @@ def test_expert_logits_are_computed_once_and_cached_on_disk(bert, data, tmp_path
     assert any(calls)
 
 
+def test_an_adapter_that_took_anothers_name_is_scored_by_its_own_experts(bert, data, tmp_path):
+    same = {task: data[task].remove_columns("label") for task in "ab"}
+    there, back = {"a": bert[1]["a"], "b": bert[1]["b"]}, {"a": bert[1]["b"], "b": bert[1]["a"]}
+    model = get_peft_model(load(bert[0]), TintConfig(experts=there), "first")
+    trainer = TintTrainer(model, arguments(tmp_path), eval_dataset=same)
+    trainer.evaluate()
+    model.add_adapter("other", TintConfig(experts=back))
+    model.set_adapter("other")
+    model.delete_adapter("first")
+    model.add_adapter("first", TintConfig(experts=back))
+    model.set_adapter("first")
+    fresh = get_peft_model(load(bert[0]), TintConfig(experts=back), "first")
+    assert trainer.evaluate() == TintTrainer(fresh, arguments(tmp_path), eval_dataset=same).evaluate()
+
+
 def test_best_state_is_restored(bert, data, tmp_path):
     """With a learning rate that destroys the model, the start is the best state, and it comes back."""
     model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))

@@ -13,21 +13,33 @@ class Window:
     """Measures of the batches since the last entry of the log.
 
     `values` are {measure: {task: [of each batch]}}; `classes` are {task: [how often the model predicted each class, how
-    often the expert did]}.
+    often the expert did]}. What is added are tensors, which stay on their device until `fetch` makes them numbers.
     """
 
-    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    classes: dict[str, list[list[int]]] = field(default_factory=dict)
+    values: dict[str, dict[str, list[torch.Tensor | float]]] = field(default_factory=dict)
+    classes: dict[str, torch.Tensor | list[list[int]]] = field(default_factory=dict)
 
-    def add(self, task: str, **measures: float) -> None:
+    def add(self, task: str, **measures: torch.Tensor) -> None:
         for name, value in measures.items():
-            self.values.setdefault(name, {}).setdefault(task, []).append(value)
+            self.values.setdefault(name, {}).setdefault(task, []).append(value.detach().float().reshape(()))
 
     def add_classes(self, task: str, predicted: torch.Tensor, expected: torch.Tensor, number: int) -> None:
-        counts = [torch.bincount(classes, minlength=number).tolist() for classes in (predicted, expected)]
+        classes = torch.stack([predicted.flatten(), expected.flatten()])
+        counts = classes.new_zeros(2, number).scatter_add_(1, classes, torch.ones_like(classes))
         if task in self.classes:
-            counts = [np.add(*pair).tolist() for pair in zip(counts, self.classes[task], strict=True)]
+            counts += torch.as_tensor(self.classes[task], device=counts.device)
         self.classes[task] = counts
+
+    def fetch(self) -> "Window":
+        """Waits for the device, once for all."""
+        lists = [values for tasks in self.values.values() for values in tasks.values()]
+        tensors = [value for values in lists for value in values if isinstance(value, torch.Tensor)]
+        if tensors:
+            numbers = iter(torch.stack(tensors).tolist())
+            for values in lists:
+                values[:] = [next(numbers) if isinstance(value, torch.Tensor) else value for value in values]
+        self.classes = {task: torch.as_tensor(counts).tolist() for task, counts in self.classes.items()}
+        return self
 
     def summary(self) -> dict[str, float]:
         """The mean of each measure over all batches, and that of the spread over tasks."""

@@ -246,8 +246,8 @@ class TintTrainer:
             with warnings.catch_warnings():  # of steps without an update, for which nothing was to learn
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 scheduler.step()
-            bar.set_postfix(progress.window.summary())
             if step % args.logging_steps == 0 or last:
+                bar.set_postfix(progress.window.fetch().summary())
                 progress.collapsed = self._end_window()
             if progress.collapsed:
                 break
@@ -323,11 +323,18 @@ class TintTrainer:
     def _end_window(self) -> bool:
         """Logs the measures since the last entry. Goes back to the best state and returns True if a task collapsed."""
         progress = self._progress
-        window, progress.window, summary = progress.window, Window(), progress.window.summary()
+        window, progress.window = progress.window.fetch(), Window()
+        for task, losses in window.values.get("loss", {}).items():
+            if not np.isfinite(losses).all():
+                raise FloatingPointError(
+                    f"The loss of task {task!r} is {losses[int(np.isfinite(losses).argmin())]}. The update for that "
+                    "batch was left out. Check its data for NaN, or lower `learning_rate`."
+                )
+            progress.loss, progress.batches = progress.loss + sum(losses), progress.batches + len(losses)
         values, tasks, units = self.model.coefficients()
         drift = (values - progress.coefficients).abs().sum(1) / max(len(units), 1)
         drifts = {f"drift_{task}": value for task, value in zip(tasks, drift.tolist(), strict=True)}
-        measures = {**summary, "drift": drift.mean().item(), **window.per_task(), **drifts}
+        measures = {**window.summary(), "drift": drift.mean().item(), **window.per_task(), **drifts}
         self._log({"step": progress.step, "precision": self.precision, **measures})
         agreement, start = window.means("agreement"), window.means("start_agreement")
         if not start:
@@ -394,7 +401,8 @@ class TintTrainer:
             tint_layers = self.model.tint_layers
             lr = 3e-3 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
         groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
-        optimizer = torch.optim.Adam(groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+        betas = args.adam_beta1, args.adam_beta2
+        optimizer = torch.optim.Adam(groups, lr, betas, args.adam_epsilon, fused=True)
         self.model.eval()
         layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
         self._checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
@@ -439,16 +447,11 @@ class TintTrainer:
             )
         rows, expert_rows = self._of_all_processes(rows), self._of_all_processes(expert_rows)
         loss = objective(rows, expert_rows, None)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of task {task!r} is {loss.item()}. Check its data for NaN, or lower `learning_rate`."
-            )
         self.accelerator.backward(loss / share)
-        self._loss_since_update += abs(loss.item())
-        progress.loss, progress.batches = progress.loss + loss.item(), progress.batches + 1
-        progress.window.add(task, loss=loss.item())
+        self._loss_since_update += loss.detach().abs()
+        progress.window.add(task, loss=loss)
         if objective is confident_pseudo_label:
-            progress.window.add(task, kept=confident_mask(rows, expert_rows).float().mean().item())
+            progress.window.add(task, kept=confident_mask(rows, expert_rows).float().mean())
         if expert_rows is not None and self._compares_classes(task):
             predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
             progress.window.add(task, agreement=_share_equal(predicted, expected))
@@ -492,19 +495,26 @@ class TintTrainer:
 
     def _sum_gradients(self):
         """Makes the gradients those of the loss of all processes, of which each has the part of its own rows."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         if self.accelerator.num_processes > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             summed = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]))
             for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def _update(self):
+        """Nothing is asked of the device here, for the answer would have to be waited for."""
         # A loss of exactly zero is one for which no pseudo-label was kept. There is nothing to learn from it, but
         # Adam would still move by its momentum.
-        if self._loss_since_update:
-            self._sum_gradients()
+        loss, optimizer = self._loss_since_update, self._optimizer.optimizer
+        skipped = (~(loss > 0) | loss.isinf()).float()  # NaN too
+        self._sum_gradients()
+        if self.accelerator.scaler is None:
+            optimizer.found_inf = skipped  # as a GradScaler has the fused Adam leave an update out
             self._optimizer.step()
-            self.model.project_coefficients()
+            del optimizer.found_inf
+        elif not skipped:
+            self._optimizer.step()
+        self.model.project_coefficients()
         # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
         self._optimizer.zero_grad(set_to_none=True)
         self._loss_since_update = 0.0
@@ -539,7 +549,7 @@ class TintTrainer:
         Seed and number of an epoch decide its order. The sampler skips what is done; workers, which have random states
         of their own, have to load it again to come to the same place.
         """
-        args, order = self.args, torch.Generator()
+        args, order, device = self.args, torch.Generator(), self.accelerator.device
         samples = WithExpertRows(dataset, self._expert_rows(task, dataset, logits=False))
         sampler = BatchSampler(RandomSampler(samples, generator=order), args.per_device_train_batch_size, False)
         if self.accelerator.num_processes > 1:
@@ -555,11 +565,12 @@ class TintTrainer:
                     generator=order,
                     collate_fn=self._collate_unlabelled,
                     num_workers=args.dataloader_num_workers,
+                    pin_memory=device.type == "cuda",  # or the GPU would be waited for at each batch
                 )
                 yield from islice(loader, skipped if args.dataloader_num_workers else 0, None)
                 skipped = 0
 
-        return (send_to_device(batch, self.accelerator.device) for batch in epochs())
+        return (send_to_device(batch, device, non_blocking=True) for batch in epochs())
 
     def _eval_loader(self, task, dataset):
         """Batches of a task with the expert's logits."""
@@ -584,18 +595,21 @@ class TintTrainer:
 
         kind = "features" if self.objective is feature_l1 and not logits else "logits"
         memo = (self.model.active_adapter, task, kind, dataset._fingerprint)
-        if memo not in self._cached:  # `datasets` caches on disk only what came from disk
+        config = self.model.peft_config[self.model.active_adapter]
+        # `datasets` caches on disk only what came from disk; an adapter may have taken another's name
+        if self._cached.get(memo, (None, None))[0] is not config:
             self.model.eval()
             # processes that have the experts or the base in parts run them together, and keep what they find apart
-            sharded = self.model.peft_config[self.model.active_adapter].is_sharded
+            sharded = config.is_sharded
             sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
             expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
             key = [expert, kind, self.precision]
             key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
             with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
                 size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
-                self._cached[memo] = cache_expert_rows(dataset, compute, key, size, description, not sharded)
-        return self._cached[memo]
+                rows = cache_expert_rows(dataset, compute, key, size, description, not sharded)
+            self._cached[memo] = config, rows
+        return self._cached[memo][1]
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -723,7 +737,7 @@ class TintTrainer:
             "step": progress.step,
             "loss": progress.loss,
             "batches": progress.batches,
-            "window": asdict(progress.window),
+            "window": asdict(progress.window.fetch()),
             "log_history": self.log_history,
         }
         if progress.best is not None:
@@ -827,7 +841,7 @@ class _Progress:
     order: torch.Generator  # of the tasks in a step
     coefficients: torch.Tensor  # at the start, (tasks, units)
     step: int = 0
-    loss: float = 0.0  # summed over the batches
+    loss: float = 0.0  # summed over the batches of the log's entries
     batches: int = 0
     window: Window = field(default_factory=Window)
     best: Snapshot | None = None  # by evaluation
@@ -869,4 +883,4 @@ def _checkpoint(layer, checkpoint, forward, *args):
 
 
 def _share_equal(ours, theirs):
-    return (ours == theirs).float().mean().item()
+    return (ours == theirs).float().mean()
