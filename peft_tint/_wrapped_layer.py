@@ -5,10 +5,10 @@ import threading
 import warnings
 from abc import abstractmethod
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter, is_
 from types import MethodType
-from typing import NamedTuple
 
 import torch
 from peft import PeftModel
@@ -18,6 +18,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.stateless import _reparametrize_module
 from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 # These read the weights of their children without calling them, so they are wrapped as one unit.
 UNITS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
+
+LINEAR_FORWARD = nn.Linear.forward  # which others may patch
 
 # Held by who changes a module for a call because nothing else will do, so that no other thread calls it meanwhile.
 CHANGED_FOR_A_CALL = threading.RLock()
@@ -44,10 +47,14 @@ _IN_THREAD = _InThread()
 class Asked:
     """What the call of a model that is running asks for; None is what the model does by default."""
 
-    adapters: list[str] | None = None  # that run
-    task: str | None = None
-    task_names: list[str] | None = None  # the task of each row
-    adapter_names: list[str] | None = None  # the adapter of each row
+    def __init__(self):
+        # set from the beginning, or torch.compile would see another object after the first call
+        self.adapters: list[str] | None = None  # that run
+        self.task: str | None = None
+        self.task_names: list[str] | None = None  # the task of each row
+        self.adapter_names: list[str] | None = None  # the adapter of each row
+        self.seen: object | None = None  # what has been looked at for all layers when the call began
+        self.spans = False  # whether the call may have several forwards, as that of `generate`
 
 
 class _AskedInThread(Asked, threading.local):
@@ -61,36 +68,47 @@ class Calls:
     def __init__(self):
         self._of_threads, self._of_compiler = _AskedInThread(), Asked()
         self.whole = False  # whether the model is traced from its own forward on, not only a part of it
+        self.seen = None  # what all that the layers keep was merged of, until one of them keeps something else
 
     @property
     def asked(self) -> Asked:
         # torch.compile traces one call, and cannot follow what that writes for its thread
-        traced = torch.compiler.is_compiling() and self.whole
+        traced = self.whole and torch.compiler.is_compiling()
         return self._of_compiler if traced else self._of_threads
 
     def __reduce__(self):
         return Calls, ()  # a copy of a model, also one that is being called, is not
 
 
-class Kept(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Kept:
     """What a layer has merged, and what it was merged of."""
 
     adapter_names: list[str]
     extra: object  # of the subclass
     module: nn.Module
-    sources: list[tuple]  # (where a tensor is registered, its name, the tensor, its version, address and storage)
+    sources: list[tuple]  # (where a tensor is registered, its name, it, its version, address, stride and storage)
     merged: dict[str, torch.Tensor]
     low_rank: list[tuple[torch.Tensor, nn.Module]]  # what is not merged but added to the output
+    trains: bool  # whether something of that takes gradients, which do not get there
+    seen: object | None = None  # of a call: it needs no look here
+    copy: "Copy | None" = None  # of the module
 
-    @property
-    def trains(self) -> bool:
-        return any(tensor.requires_grad for _, _, tensor, *_ in self.sources)
+    def prepare(self) -> bool:
+        """Makes a copy of the module for all calls, if that is any faster and what the calls read are its attributes
+        alone, which can be looked at."""
+        module, names, self.copy = self.module, self.merged.keys(), None
+        if type(module) is not nn.Linear and names == module._parameters.keys() and can_be_copied(module, names):
+            self.copy = Copy(module, self.merged)
+        return self.copy is not None
 
     def is_of(self, adapter_names, extra, module) -> bool:
         if extra != self.extra or module is not self.module or adapter_names != self.adapter_names:
             return False
-        for place, name, tensor, version, address, _ in self.sources:
-            if place.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+        for place, name, tensor, version, address, stride, _ in self.sources:
+            if place.get(name) is not tensor or tensor._version != version:
+                return False
+            if tensor.data_ptr() != address or tensor.stride() != stride:
                 return False
         return True
 
@@ -110,7 +128,6 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
 
     _extra = None
     reused = None  # see `TintModel.reuse_merged_weights`
-    _in_forward = None  # the merged tensors while a forward is traced that has them in the place of parameters
 
     def __init__(self, base_layer: nn.Module, active_adapters: list[str]):
         super().__init__()
@@ -118,7 +135,9 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         self._calls = Calls()  # its tuner gives it its own
         self.tied = {}  # parameter -> (the layer that merges it, its name there); in a dict nn.Module does not see it
         self.merged_adapters = []
-        self._kept = {}  # whether low ranks are to be merged, too -> Kept
+        self._kept = {}  # whether low ranks are to be merged, too -> Kept, without gradients
+        self._ahead = None  # Kept, with the graph, from a forward until its backward is through
+        self._in_forward = None  # the merged tensors while a forward is traced that has them in the place of parameters
         self._unmerged = {}  # the base weights while the adapter is merged into them
         self._disable_adapters = False
         self._active_adapter = list(active_adapters)
@@ -148,19 +167,22 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
 
     def merged_tensors(self, adapter_names=None) -> dict[str, torch.Tensor]:
         """The merged value of each parameter that the given adapters (default: those of the call) change."""
-        return self._merged(adapter_names)[0]
+        return self._merged(adapter_names, True, is_traced())[0]
 
-    def _merged(self, adapter_names=None, low_rank=True):
-        """As `merged_tensors`, and the terms (coefficients, TaskVectors) of low rank of the weight, which without
-        `low_rank` are not in it."""
+    def _merged(self, adapter_names, low_rank, traced):
+        """As `merged_tensors`; the low-rank terms (rank coefficients, TaskVectors) of the weight, which without
+        `low_rank` are not in it; and a copy of the module that has the merged tensors, if there is one."""
+        asked = self._calls.asked
         if adapter_names is None:
-            asked = self._calls.asked.adapters
-            adapter_names = self.active_adapters if asked is None else asked
+            kept = self._to_use(low_rank)
+            if kept is not None and kept.seen is asked.seen is not None and not self.tied and not traced:
+                return kept.merged, kept.low_rank, kept.copy
+            adapter_names = self.active_adapters if asked.adapters is None else asked.adapters
         if self._in_forward is not None:  # asked by a layer inside of this one, with a parameter tied to one of ours
-            return self._in_forward, []
+            return self._in_forward, [], None
         merged, left_out = self._merged_own(adapter_names, low_rank)
         if not self.tied:
-            return merged, left_out
+            return merged, left_out, None
         merged = dict(merged)
         for name, (owner, name_there) in self.tied.items():
             if owner is self:  # whose forward may use it by either name
@@ -169,24 +191,37 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
                 values = {} if owner.merged or owner.disable_adapters else owner.merged_tensors(adapter_names)
             if name_there in values:
                 merged[name] = values[name_there]
-        return merged, left_out
+        return merged, left_out, None
+
+    def _to_use(self, low_rank):
+        """What is kept for a call with or without gradients."""
+        if not torch.is_grad_enabled():
+            return self._kept.get(low_rank)
+        ahead = self._ahead
+        if ahead is not None:
+            return None if low_rank and ahead.low_rank else ahead
+        kept = self._kept.get(low_rank)
+        return None if kept is None or kept.trains else kept
 
     def _merged_own(self, adapter_names, low_rank):
         if is_traced():
             return self._merge(adapter_names, low_rank)
         # DataParallel's copies have other modules, but share `_kept`
         extra, module, grad = self._extra, self.base_layer, torch.is_grad_enabled()
-        kept = self._kept.get(low_rank)
-        if kept is not None and kept.is_of(adapter_names, extra, module) and not (grad and kept.trains):
+        kept = self._to_use(low_rank)
+        # outside of its forward what was merged ahead is for gradient checkpointing, which counts what is saved
+        usable = kept is not None and (kept is not self._ahead or torch._C._current_graph_task_id() != -1)
+        if usable and kept.is_of(adapter_names, extra, module):
             return kept.merged, kept.low_rank
-        sources = self._find_sources(adapter_names)
-        if sources is None or (grad and any(tensor.requires_grad for _, _, tensor, *_ in sources)):
+        sources, self._calls.seen = self._find_sources(adapter_names), None
+        trains = sources is not None and any(tensor.requires_grad for _, _, tensor, *_ in sources)
+        if sources is None or (grad and trains):
             self._kept = {}  # a training needs its memory
             return self._merge(adapter_names, low_rank)
         keeps_low_rank = self._keeps_low_rank(adapter_names)
         with torch.inference_mode(False), torch.no_grad():
             merged, left_out = self._merge(adapter_names, low_rank or keeps_low_rank)
-        kept = Kept(list(adapter_names), extra, module, sources, merged, left_out)
+        kept = Kept(list(adapter_names), extra, module, sources, merged, left_out, trains)
         if left_out:
             self._kept = {False: kept}
         elif keeps_low_rank or all(vectors.a is None for _, _, vectors in self._terms(adapter_names)):
@@ -204,37 +239,43 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
         places = list(self._sources(adapter_names))
         for name in dict.fromkeys(name for name, _, _ in self._terms(adapter_names)):
             owner, _, leaf = name.rpartition(".")
-            places.append((self.base_layer.get_submodule(owner)._parameters, leaf))
+            places.append((own_parameters_of(self.base_layer.get_submodule(owner)), leaf))
         found = [(place, name, place.get(name)) for place, name in places]
         if any(tensor is None or tensor.is_inference() for _, _, tensor in found):
             return None  # tensors of inference mode have no version
         try:  # who holds the storage knows that no other is put at its address
-            return [(*where, t, t._version, t.data_ptr(), t.untyped_storage()) for *where, t in found]
+            return [(*where, t, t._version, t.data_ptr(), t.stride(), t.untyped_storage()) for *where, t in found]
         except RuntimeError:  # tensors of `torch.func` have no storage
             return None
 
     def _merge(self, adapter_names, low_rank):
         merged, left_out = {}, []
         for name, coefficients, vectors in self._terms(adapter_names):
-            weight = merged[name] if name in merged else self._base_weight(name)
             adds = not low_rank and name == "weight" and vectors.a is not None
-            merged[name] = vectors.merge(weight, coefficients, not adds)
             if adds:
-                left_out.append((coefficients, vectors))
+                left_out.append((vectors.rank_coefficients(coefficients), vectors))
+            if not adds or vectors.dense is not None:
+                weight = merged[name] if name in merged else self._base_weight(name)
+                merged[name] = vectors.merge(weight, coefficients, not adds)
         return merged, left_out
 
     def _base_weight(self, name):
         owner, _, leaf = name.rpartition(".")
         module = self.base_layer.get_submodule(owner)
-        # FSDP1 has plain tensors in the parameters' place; another thread's call may have put merged ones before them
-        return module._parameters[leaf] if leaf in module._parameters else getattr(module, leaf)
+        own = own_parameters_of(module)
+        return own[leaf] if leaf in own else getattr(module, leaf)  # FSDP1 has plain tensors in their place
 
     def _apply(self, *args, **kwargs):
-        self._kept = {}  # or what was moved away would take memory until the next forward
+        # or what was moved away would take memory until the next forward
+        self._kept, self._ahead, self._calls.seen = {}, None, None
         return super()._apply(*args, **kwargs)
 
+    def set_adapter(self, *args, **kwargs):
+        self._calls.seen = None
+        super().set_adapter(*args, **kwargs)
+
     def __getstate__(self):
-        return {**self.__dict__, "_kept": {}}
+        return {**self.__dict__, "_kept": {}, "_ahead": None}
 
     def forward(self, *args, **kwargs):
         base_layer = self.base_layer
@@ -242,10 +283,13 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return base_layer(*args, **kwargs)
-        merged, low_rank = self._merged(low_rank=not adds_low_rank(base_layer))
+        traced = is_traced()
+        merged, low_rank, copy = self._merged(None, not adds_low_rank(base_layer), traced)
         if not merged:
             output = base_layer(*args, **kwargs)
-        elif is_traced():
+        elif copy is not None:
+            output = copy.call(args, kwargs)
+        elif traced:
             try:
                 self._in_forward = merged
                 with _reparametrize_module(base_layer, merged):
@@ -254,9 +298,9 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
                 self._in_forward = None
         else:
             output = call_with(base_layer, merged, args, kwargs)
-        for coefficients, vectors in low_rank:
+        for c, vectors in low_rank:
             x = args[0] if args else next(iter(kwargs.values()))
-            output = output + low_rank_output(base_layer, x, vectors, coefficients).to(output.dtype)
+            output = output + low_rank_output(base_layer, x, vectors, c).to(output.dtype)
         return output
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -322,7 +366,7 @@ class WrappedLayer(nn.Module, BaseTunerLayer):
             if name in merged:
                 return merged[name]
             if parametrized:
-                return getattr(with_tensors(self.base_layer, merged), name)
+                return getattr(Copy(self.base_layer, merged).copy, name)
         return getattr(self.base_layer, name)
 
     def unload_and_optionally_merge_module(self, merge, safe_merge, adapter_names):
@@ -355,36 +399,69 @@ def attributes_with(module: nn.Module, tensors: dict[str, torch.Tensor]) -> dict
         for name in tensors.keys() - own.keys():
             child, _, rest = name.partition(".")
             below.setdefault(child, {})[rest] = tensors[name]
-    replaced = {id(module._parameters[name]): tensor for name, tensor in own.items() if name in module._parameters}
-    parameters = {name: replaced.get(id(value), value) for name, value in module._parameters.items()}
     # attributes come first, and there FSDP has its own; what was compiled is bound to the module
-    attributes = {**vars(module), **own, "_compiled_call_impl": None, "_parameters": parameters}
+    attributes = {**vars(module), **own, "_compiled_call_impl": None, "_parameters": parameters_with(module, own)}
     if below:
-        changed = {child: with_tensors(module._modules[child], theirs) for child, theirs in below.items()}
+        changed = {child: Copy(module._modules[child], theirs).copy for child, theirs in below.items()}
         attributes["_modules"] = {**module._modules, **changed}
     return attributes
 
 
-def with_tensors(module: nn.Module, tensors: dict[str, torch.Tensor]) -> nn.Module:
-    other = object.__new__(type(module))
-    vars(other).update(attributes_with(module, tensors))
-    return other
+def own_parameters_of(module):
+    """Also while `shadowed` has put others in their place."""
+    if is_traced():
+        return module._parameters
+    with CHANGED_FOR_A_CALL:
+        return vars(module).get("_shadowed", module._parameters)
+
+
+def parameters_with(module, tensors):
+    """Its parameters with these in the place of its own, by all names that it has for them."""
+    own = module._parameters
+    replaced = {id(own[name]): tensor for name, tensor in tensors.items() if name in own}
+    return {name: replaced.get(id(value), value) for name, value in own.items()}
+
+
+class Copy:
+    """A module with other tensors in the place of its own."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, torch.Tensor]):
+        self.module, self.attributes, self.copy = module, attributes_with(module, tensors), object.__new__(type(module))
+        vars(self.copy).update(self.attributes)
+
+    def call(self, args, kwargs):
+        """What the forward sets is set on the module."""
+        output, after, before = self.copy(*args, **kwargs), vars(self.copy), self.attributes
+        if len(after) != len(before) or not all(map(is_, after.values(), before.values())):
+            vars(self.module).update({name: value for name, value in after.items() if before.get(name) is not value})
+            self.attributes = dict(after)
+        return output
 
 
 def call_with(module: nn.Module, tensors: dict[str, torch.Tensor], args, kwargs):
     """What the module gives with these tensors in the place of its own. Other threads may call it meanwhile."""
+    if type(module) is nn.Linear and len(args) == 1 and not kwargs and is_plain_linear(module):
+        own = {**module._parameters, **tensors}  # as its forward does, in a fifth of the time of what follows
+        return F.linear(args[0], own["weight"], own["bias"])
     if not can_be_copied(module, tensors):
         with CHANGED_FOR_A_CALL, shadowed(module, tensors):
             return module(*args, **kwargs)
-    attributes = attributes_with(module, tensors)
-    other = object.__new__(type(module))
-    after = vars(other)
-    after.update(attributes)
-    output = other(*args, **kwargs)
-    if len(after) != len(attributes) or not all(map(is_, after.values(), attributes.values())):
-        # the forward has set some
-        vars(module).update({name: value for name, value in after.items() if attributes.get(name) is not value})
-    return output
+    return Copy(module, tensors).call(args, kwargs)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a call is `F.linear` and nothing else, of parameters that are its own (not so under FSDP1)."""
+    attributes = vars(module)
+    return not (
+        "forward" in attributes
+        or nn.Linear.forward is not LINEAR_FORWARD
+        or "weight" in attributes
+        or attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or _has_any_global_hook()
+    )
 
 
 def can_be_copied(module: nn.Module, tensors) -> bool:
@@ -410,9 +487,10 @@ def adds_low_rank(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D) or (type(module) is nn.Embedding and module.max_norm is None)
 
 
-def low_rank_output(module, x, vectors, coefficients):
-    """What sum_k lambda_k scale_k b_k a_k of the weight adds to the module's output for the input `x`."""
-    a, b, c = vectors.a, vectors.b, vectors.rank_coefficients(coefficients)
+def low_rank_output(module, x, vectors, c):
+    """What sum_k lambda_k scale_k b_k a_k of the weight adds to the module's output for the input `x`. `c` are the
+    `rank_coefficients`."""
+    a, b = vectors.a, vectors.b
     if not a.is_floating_point():  # codes of DTS, of one byte each; float16 could not hold sums of so many
         shrink = 2.0 ** -math.ceil(math.log2(a[0].numel()))
         a, b, c = a.to(module.weight.dtype) * shrink, b.to(module.weight.dtype), c / shrink
@@ -566,25 +644,37 @@ def wrap_everywhere(model, layers):
 
 @contextmanager
 def shadowed(module, tensors):
-    """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`."""
-    replaced = []
+    """Makes `module.<name>` another tensor: an instance's `__dict__` comes before `nn.Module.__getattr__`. So do
+    `parameters()` and its like."""
+    owners, replaced = {}, []
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        owners.setdefault(module.get_submodule(owner), {})[leaf] = tensor
+    changes = {
+        owner: {
+            **own,
+            "_parameters": parameters_with(owner, own),
+            "_shadowed": vars(owner).get("_shadowed", owner._parameters),
+        }
+        for owner, own in owners.items()
+    }
     if module.__dict__.get("gradient_checkpointing"):
         # transformers has the module run its own forward again in the backward, when this context has been left
         checkpoint = partial(_checkpoint_shadowed, module, tensors, module._gradient_checkpointing_func)
-        tensors = {**tensors, "_gradient_checkpointing_func": checkpoint}
+        changes.setdefault(module, {})["_gradient_checkpointing_func"] = checkpoint
     try:
-        for name, tensor in tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            attributes = module.get_submodule(owner).__dict__
-            replaced.append((attributes, leaf, attributes.get(leaf)))  # FSDP keeps its own tensor there
-            attributes[leaf] = tensor
+        for owner, change in changes.items():
+            attributes = vars(owner)
+            replaced.append((attributes, {name: attributes.get(name) for name in change}))  # FSDP has its own there
+            attributes.update(change)
         yield
     finally:
-        for attributes, leaf, before in replaced:
-            if before is None:
-                del attributes[leaf]
-            else:
-                attributes[leaf] = before
+        for attributes, before in replaced:
+            for name, value in before.items():
+                if value is None:
+                    del attributes[name]
+                else:
+                    attributes[name] = value
 
 
 def _checkpoint_shadowed(module, tensors, checkpoint, function, *args, **kwargs):

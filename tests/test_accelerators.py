@@ -23,6 +23,8 @@ from test_training_elsewhere import outputs_and_gradients
 
 import peft_tint
 from peft_tint import MERGING_METHODS, OBJECTIVES, DtsConfig, TintConfig, TintTrainer
+from peft_tint.tint import merge_ahead
+from peft_tint.tint.merged_layer import MergedLayer
 
 
 def find_device():
@@ -126,6 +128,18 @@ def test_outputs_and_gradients_are_those_of_the_cpu(bert, lora, kind, moved):
     scale = max(gradient.abs().max() for gradient in wanted.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient.cpu(), wanted[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu" or merge_ahead.triton is None, reason="needs Triton on an accelerator")
+@pytest.mark.parametrize("kind", ["full", "lora", "both"])
+def test_weights_are_merged_ahead_of_a_forward(bert, lora, kind):
+    experts = {"full": bert[1], "lora": lora, "both": {"a": lora["a"], "b": bert[1]["b"]}}[kind]
+    model = make_model(load(bert[0]).to(DEVICE), experts)
+    loss = model(**to_device(IDS)).logits.square().sum()
+    layers = [module for module in model.modules() if isinstance(module, MergedLayer) and module.tint_task_vectors]
+    assert layers and all(layer._ahead is not None for layer in layers)
+    loss.backward()
+    assert all(layer._ahead is None for layer in layers)
 
 
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")  # they are merged

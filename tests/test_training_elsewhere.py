@@ -157,6 +157,27 @@ def test_compiled_whole(name, kind):
         torch.testing.assert_close(gradients_compiled, gradients, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo about itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+@pytest.mark.parametrize("tint_layer", ["classifier", "bert.pooler"])
+def test_tasks_share_one_compilation(tint_layer):
+    """And so do experts: Dynamo gives up after eight."""
+    base, graphs = ARCHITECTURES["bert"].build(num_hidden_layers=1), []
+    experts = make_experts(base, list("abcdefghij"))
+    model = peft_tint.from_experts(base, experts, tint_layer=tint_layer).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for task in model.tasks:
+        model.set_task(task)
+        torch.testing.assert_close(output(compiled, IDS), output(model, IDS))
+    assert len(graphs) == 1
+    with torch.no_grad():
+        for task, expert in experts.items():
+            with model.expert(task):
+                torch.testing.assert_close(output(compiled, IDS), output(expert, IDS), rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2
+
+
 # ---- gradient checkpointing ------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ import psutil
 import torch
 from torch import nn
 
-from .._wrapped_layer import RootLayer, WrappedLayer
+from .._wrapped_layer import Kept, RootLayer, WrappedLayer, adds_low_rank
+from .merge_ahead import DTYPES, Unit
 
 
 class MergedLayer(WrappedLayer):
@@ -25,11 +26,14 @@ class MergedLayer(WrappedLayer):
         self.base_bytes = 0  # of the whole base
         self.units = {}  # adapter -> the names of the rows of its coefficients
         self.shares_with = {}  # adapter -> the layer whose coefficients are ours too
-        self.expert = None  # (adapter, index of the expert to be), see `TintModel.expert`
+        # of the expert to be, see `TintModel.expert`: its adapter, its task, and the coefficients, a tensor, since
+        # torch.compile compiles anew for each value of what is none
+        self.expert = self.expert_task = self.expert_row = None
         self.reused = None  # what was merged with gradients
 
     def add_adapter(self, adapter_name, units: list[str], coefficients: nn.Parameter, task_vectors: dict):
-        self._kept, self.units[adapter_name] = {}, units
+        self._kept, self._ahead, self._calls.seen = {}, None, None
+        self.units[adapter_name] = units
         if task_vectors:
             self.tint_coefficients[adapter_name] = coefficients
             self.tint_task_vectors[adapter_name] = nn.ModuleDict(
@@ -49,14 +53,34 @@ class MergedLayer(WrappedLayer):
     def _terms(self, adapter_names=None):
         """(parameter name, coefficients of shape (tasks,), TaskVectors) of all that is added to the base."""
         for adapter in self.active_adapters if adapter_names is None else adapter_names:
-            if adapter not in self.tint_coefficients or (self.expert and self.expert[0] != adapter):
+            if adapter not in self.tint_coefficients or self.expert not in (None, adapter):
                 continue
             rows = self.tint_coefficients[adapter].expand(len(self.tint_task_vectors[adapter]), -1)
             for row, (key, vectors) in zip(rows, self.tint_task_vectors[adapter].items(), strict=True):
                 if self.expert is not None:
                     vectors = vectors.original or vectors
-                    row = torch.zeros_like(row).index_fill(0, torch.tensor(self.expert[1], device=row.device), 1.0)
+                    row = self.expert_row
                 yield key.replace("/", "."), row, vectors
+
+    def units_of(self, adapter_names) -> list[Unit]:
+        """What can be merged here ahead of a forward: all that one adapter has, or nothing."""
+        own = [adapter for adapter in adapter_names if adapter in self.tint_coefficients]
+        if len(own) != 1 or self.tint_coefficients[own[0]].dtype not in DTYPES:
+            return []
+        coefficients, units = self.tint_coefficients[own[0]], []
+        for index, (key, vectors) in enumerate(self.tint_task_vectors[own[0]].items()):
+            name = key.replace("/", ".")
+            adds = name == "weight" and adds_low_rank(self.base_layer)
+            if vectors.shape is not None or (vectors.a is not None and not adds):
+                return []
+            row = min(index, len(coefficients) - 1)
+            units.append(Unit(self, name, self._base_weight(name), vectors, coefficients, row))
+        return units
+
+    def keep_ahead(self, adapter_names, merged, left_out, sources, seen):
+        """Takes what `units_of` have become, with its graph, for all forwards with these coefficients."""
+        sources = [(place, name, t, t._version, *rest) for place, name, t, _, *rest in sources]
+        self._ahead = Kept(adapter_names, self._extra, self.base_layer, sources, merged, left_out, True, seen)
 
     def _sources(self, adapter_names):
         for adapter in adapter_names:
@@ -76,7 +100,7 @@ class MergedLayer(WrappedLayer):
 
     @property
     def _extra(self):
-        return self.expert
+        return self.expert, self.expert_task
 
     def _merged_own(self, adapter_names, low_rank):
         if self.reused is None or self.expert is not None or not torch.is_grad_enabled():
@@ -88,18 +112,24 @@ class MergedLayer(WrappedLayer):
         ]
         key = (tuple(adapter_names), low_rank, *versions)
         if key not in self.reused:
-            # gradient checkpointing counts what a forward saves, and finds this here when it runs it again
-            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-                merged, left_out = self._merge(adapter_names, low_rank)
-            self.reused[key] = merged, {name: self._leaf(weight) for name, weight in merged.items()}, left_out
-        merged, leaves, left_out = self.reused[key]
-        return {name: leaf.to(merged[name].dtype) for name, leaf in leaves.items()}, left_out
+            ahead = self._to_use(low_rank)
+            if ahead is not None and ahead.is_of(adapter_names, self._extra, self.base_layer):
+                merged, left_out = ahead.merged, ahead.low_rank
+            else:
+                # gradient checkpointing counts what a forward saves, and finds this here when it runs it again
+                with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                    merged, left_out = self._merge(adapter_names, low_rank)
+            merged = {name: (weight, self._leaf(weight)) for name, weight in merged.items()}
+            self.reused[key] = merged, [(c, self._leaf(c), vectors) for c, vectors in left_out]
+        merged, left_out = self.reused[key]
+        merged = {name: leaf.to(weight.dtype) for name, (weight, leaf) in merged.items()}
+        return merged, [(leaf, vectors) for _, leaf, vectors in left_out]
 
-    def _leaf(self, weight):
-        """The weight without its graph; in float32 at least where it takes gradients, which it sums up."""
-        if not weight.requires_grad:
-            return weight
-        leaf = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).requires_grad_()
+    def _leaf(self, tensor):
+        """The tensor without its graph; in float32 at least where it takes gradients, which it sums up."""
+        if not tensor.requires_grad:
+            return tensor
+        leaf = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
         leaf.register_hook(self._check_reused)
         return leaf
 
@@ -112,13 +142,11 @@ class MergedLayer(WrappedLayer):
     def __getstate__(self):
         return {**super().__getstate__(), "reused": None}  # a copy is in no such context
 
-    def backward_reused(self):
-        """Hands the gradients of the weights that were reused on to the coefficients, summed over their forwards."""
-        for merged, leaves, _ in self.reused.values():
-            taken = [(merged[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
-            gradients = [gradient.to(weight.dtype) for weight, gradient in taken]
-            torch.autograd.backward([weight for weight, _ in taken], gradients)
-        self.reused = {}
+    def take_reused(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What was reused with its gradients, summed over the forwards."""
+        reused, self.reused = self.reused.values(), {}
+        found = [pair for merged, left_out in reused for *pair, _ in (*((*p, 0) for p in merged.values()), *left_out)]
+        return [(tensor, leaf.grad.to(tensor.dtype)) for tensor, leaf in found if leaf.grad is not None]
 
     def _has_terms(self, adapter_name):
         return adapter_name in self.tint_coefficients

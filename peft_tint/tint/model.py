@@ -42,7 +42,9 @@ from ..experts import labels_of, listing, pin_expert, set_labels
 from ..hub import upload
 from ._plan import make_plan
 from ._saved_experts import is_expert_key
+from ._seen import Seen
 from .config import TintConfig
+from .merge_ahead import MergeAhead
 from .merged_layer import MergedLayer, RootMergedLayer
 from .tint_layer import TaskModules, TintLayer
 
@@ -219,9 +221,12 @@ class TintModel(WrappingTuner):
         """Projects the coefficients onto `coefficient_bounds`; `TintTrainer` calls it after each optimizer step.
 
         A clamp in the forward would do the same to the weights, but leave a coefficient at its bound no gradient."""
-        if self._active_config.coefficient_bounds is not None:
-            for layer in self._merged_layers():
-                layer.tint_coefficients[self._adapter].clamp_(*self._active_config.coefficient_bounds)
+        coefficients = {layer.tint_coefficients[self._adapter]: None for layer in self._merged_layers()}
+        if self._active_config.coefficient_bounds is not None and coefficients:
+            tensors = [values.to_local() if isinstance(values, DTensor) else values for values in coefficients]
+            low, high = self._active_config.coefficient_bounds
+            torch._foreach_clamp_min_(tensors, low)
+            torch._foreach_clamp_max_(tensors, high)
 
     @contextmanager
     def expert(self, task: str):
@@ -244,11 +249,13 @@ class TintModel(WrappingTuner):
         unmerged = self._unmerged[self._adapter][task]
         replaced = {name: tensors[name].data for name in unmerged}
         try:
-            self._in_expert = True
+            self._in_expert, self._calls.seen = True, None
             for name, value in unmerged.items():
                 tensors[name].data = value.to(tensors[name].device)
+            one_hot = torch.tensor([float(name == task) for name in self.tasks])
             for layer in merged_layers:
-                layer.expert = (self._adapter, self.tasks.index(task))
+                layer.expert, layer.expert_task = self._adapter, task
+                layer.expert_row = one_hot = one_hot.to(layer.tint_coefficients[self._adapter].device)
             for layer in task_layers:
                 layer.as_expert = True
             for layer in others:
@@ -258,12 +265,12 @@ class TintModel(WrappingTuner):
             for name, value in replaced.items():
                 tensors[name].data = value
             for layer in merged_layers:
-                layer.expert = None
+                layer.expert = layer.expert_task = layer.expert_row = None
             for layer in task_layers:
                 layer.as_expert = False
             for layer in others:
                 layer._disable_adapters = False
-            self._in_expert = False
+            self._in_expert, self._calls.seen = False, None
             self.set_task(before)
 
     @contextmanager
@@ -285,8 +292,8 @@ class TintModel(WrappingTuner):
             layer.reused = {}
         try:
             yield
-            for layer in layers:
-                layer.backward_reused()
+            if reused := [pair for layer in layers for pair in layer.take_reused()]:
+                torch.autograd.backward(*zip(*reused, strict=True))
         finally:
             for layer in layers:
                 layer.reused = None
@@ -318,7 +325,8 @@ class TintModel(WrappingTuner):
 
     def _unload_and_optionally_merge(self, *args, **kwargs):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._all_merged = self._coefficients = []  # or they would take memory as long as the PeftModel is there
+        # or they would take memory as long as the PeftModel is there
+        self._all_merged, self._all_per_task, self._coefficients, self._ahead = [], [], [], None
         for hook in self._hooks:
             hook.remove()
         return model
@@ -351,7 +359,7 @@ class TintModel(WrappingTuner):
             self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
             if isinstance(layer, RootMergedLayer):
                 layer.remove_hooks()
-        self._all_merged = self._coefficients = []
+        self._all_merged, self._coefficients, self._ahead = [], [], None
         self._active_config.backbone_merged = True  # no dataclass field, so it is never saved
 
     def save_merged(
@@ -453,7 +461,16 @@ class TintModel(WrappingTuner):
                 "A forward of TINT has the weights of one merge, so `adapter_names` cannot mix adapters in a batch. "
                 "Tasks of one adapter can be mixed by `task_names`."
             )
-        yield
+        if torch.compiler.is_compiling():
+            yield
+            return
+        # of `generate` too, in which all tokens are of the weights that there were at its beginning
+        asked = self._calls.asked
+        asked.spans = True
+        try:
+            yield
+        finally:
+            asked.spans, asked.seen = False, None
 
     def _begin_call(self, model, args, kwargs):
         """The task stays the same for the whole call. `model(**inputs, task_names=[...])` names that of each row."""
@@ -480,30 +497,37 @@ class TintModel(WrappingTuner):
                         "batches of one task each, or call `gradient_checkpointing_disable()`."
                     )
             names = list(names)
-        trains = torch.is_grad_enabled() and any(p.requires_grad for ps in self._coefficients for p in ps.values())
-        if not trains and not is_traced() and not is_distributed():
-            self._look_at_coefficients()
         self._calls.whole = torch.compiler.is_compiling()
         asked = self._calls.asked
-        asked.task, asked.task_names = self._task.get(next(iter(self.active_adapters), None)), names
+        asked.task_names = names
+        if is_traced() or is_distributed() or model is not self.model:  # a copy of DataParallel's
+            asked.seen = None
+        else:
+            asked.seen = self._look(asked.seen if asked.spans else None)
+        if not self._calls.whole:  # else it stays the same for what was compiled
+            asked.task = self._task.get(next(iter(self.active_adapters), None))
         return args, kwargs
 
-    @torch.no_grad()
-    def _look_at_coefficients(self):
-        """What is merged counts no more if coefficients were changed by their `data`, of which no version tells."""
-        found = {}
-        for places in self._coefficients:
-            for adapter, values in places.items():
-                found.setdefault((adapter, values.device), []).append(values)
-        seen = {key: torch.cat(values) for key, values in found.items()}
-        try:
-            same = seen.keys() == self._seen.keys() and all(torch.equal(seen[key], self._seen[key]) for key in seen)
-        except RuntimeError:  # tensors of `torch.func`, and fake ones, cannot be compared
-            same = False
-        if not same:
-            for layer in self._all_merged:
-                layer._kept = {}
-            self._seen = seen
+    def _look(self, seen):
+        """Merges ahead of a forward with gradients. Before one without looks at all that merged weights were made of,
+        so that no layer has to; `seen` is what the same call has looked at before."""
+        if torch._C._are_functorch_transforms_active():  # which want functions of another form
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for ps in self._coefficients for p in ps.values()):
+            if any(layer.expert or layer.reused for layer in self._all_merged):
+                return None
+            ahead = self._ahead  # of the model as it was, until another thread puts another one there
+            if ahead is None or not ahead.is_of(self.active_adapters):
+                ahead = self._ahead = MergeAhead(self._all_merged, self.active_adapters)
+            seen = ahead.merge()
+            return seen if all(layer.reused is None for layer in self._all_merged) else None
+        if seen is not None and seen is self._calls.seen:
+            return seen
+        seen = self._calls.seen
+        if seen is None or not seen.holds(self.active_adapters):
+            seen = self._calls.seen = Seen(self._all_merged, self.active_adapters, self._values)
+            self._values = seen.values
+        return seen
 
     def _kind_of(self, task):
         labels = self.task_labels(task)
@@ -512,6 +536,8 @@ class TintModel(WrappingTuner):
     def _end_call(self, model, args, output):
         asked = self._calls.asked
         asked.task = asked.task_names = None
+        if not asked.spans:
+            asked.seen = None
         if torch.compiler.is_compiling():
             self._calls.whole = False
 
@@ -528,8 +554,7 @@ class TintModel(WrappingTuner):
     def _merged_layers(self) -> list[MergedLayer]:
         """The layers that have coefficients of the active adapter, in the model's order."""
         self._check_backbone()
-        layers = [module for module in self.model.modules() if isinstance(module, MergedLayer)]
-        return [layer for layer in layers if self._adapter in layer.tint_coefficients]
+        return [layer for layer in self._all_merged if self._adapter in layer.tint_coefficients]
 
     def _check_backbone(self):
         if vars(self._active_config).get("backbone_merged"):
@@ -539,8 +564,7 @@ class TintModel(WrappingTuner):
             )
 
     def _per_task_layers(self) -> list[TintLayer]:
-        layers = [module for module in self.model.modules() if isinstance(module, TintLayer)]
-        return [layer for layer in layers if self._adapter in layer.modules_to_save]
+        return [layer for layer in self._all_per_task if self._adapter in layer.modules_to_save]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -589,8 +613,10 @@ class TintModel(WrappingTuner):
         self._hooks = []
         self._calls = Calls()
         self._all_merged = []  # MergedLayer
+        self._all_per_task = []  # TintLayer
         self._coefficients = []  # of each of these {adapter: coefficients}
-        self._seen = {}  # all of them in the last forward without gradients
+        self._values = []  # of the coefficients, see Seen
+        self._ahead = None  # MergeAhead
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -642,6 +668,7 @@ class TintModel(WrappingTuner):
                 self._layers[name].tied.update(ties)
             wrap_everywhere(model, self._layers.values())
             self._all_merged = [layer for layer in model.modules() if isinstance(layer, MergedLayer)]
+            self._all_per_task = [layer for layer in model.modules() if isinstance(layer, TintLayer)]
             self._coefficients = [layer.tint_coefficients._parameters for layer in self._all_merged]
             for name, layer in model.named_modules():
                 if isinstance(layer, MergedLayer | TaskModules):
@@ -653,7 +680,8 @@ class TintModel(WrappingTuner):
             self._unmerged[adapter_name] = self._plan.unmerged
             if not self._hooks:
                 self._hooks = [
-                    model.register_forward_pre_hook(self._begin_call, with_kwargs=True),
+                    # before that of the layer for the model's own parameters
+                    model.register_forward_pre_hook(self._begin_call, with_kwargs=True, prepend=True),
                     model.register_forward_hook(self._end_call, always_call=True),
                 ]
         finally:

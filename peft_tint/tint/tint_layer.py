@@ -18,20 +18,32 @@ class TaskModules(nn.Module):
         # The suffix keeps a task from colliding with an attribute of ModuleDict ("pop"), with an adapter's name, and
         # with the endings ("score", "classifier") by which PEFT looks for heads
         self.copies = nn.ModuleDict({f"{task}_task": module for task, module in modules.items()})
-        self.default_task = next(iter(modules))
+        self.set_task(next(iter(modules)))
         self._calls = Calls()  # its tuner gives it its own
 
     def __getitem__(self, task):
         return self.copies[f"{task}_task"]
 
+    def set_task(self, task):
+        self.default_task = task
+        self._default = (self[task],)  # in a tuple nn.Module does not see it
+
     @property
     def task(self):
         return self._calls.asked.task or self.default_task
 
+    @property
+    def current(self):
+        if self._calls.whole and torch.compiler.is_compiling():
+            return self._default[0]  # a name would be one more compilation for each task
+        if self._default[0] is not self[self.default_task]:  # which somebody has replaced
+            self.set_task(self.default_task)
+        return self[self.task]
+
     def forward(self, *args, **kwargs):
         task_names = self._calls.asked.task_names
         if task_names is None:
-            return self[self.task](*args, **kwargs)
+            return self.current(*args, **kwargs)
         if self._mixes and any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise ValueError("The tasks of a mixed batch would share one key/value cache; pass `use_cache=False`.")
         outputs = {task: self[task](*args, **kwargs) for task in dict.fromkeys(task_names)}
@@ -47,7 +59,7 @@ class TaskModules(nn.Module):
         except AttributeError:
             if name.startswith("__") or "copies" not in vars(self).get("_modules", {}) or "_calls" not in vars(self):
                 raise
-            value = getattr(self[self.task], name)
+            value = getattr(self.current, name)
             if self._mixes and isinstance(value, torch.Tensor):
                 raise ValueError(
                     f"The model reads {name!r} of a tint layer directly, so tasks cannot be mixed; use batches of one."
@@ -119,7 +131,7 @@ class TintLayer(ModulesToSaveWrapper):
 
     def set_task(self, adapter_name, task):
         for modules in (self.modules_to_save[adapter_name], self.expert_modules[adapter_name]):
-            modules.default_task = task
+            modules.set_task(task)
 
     def _forward_wrapped(self, *args, **kwargs):
         if not self.active_adapters:
