@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "examples": EXAMPLES,
-        "test": ["pytest>=8", "pytest-xdist>=3", "tensorboard>=2.17", *EXAMPLES],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "tensorboard>=2.17", *EXAMPLES],
     },
     classifiers=[
         *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 13)),  # the tests were run on these

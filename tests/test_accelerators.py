@@ -36,7 +36,6 @@ def find_device():
 DEVICE = find_device()
 if DEVICE is None:
     pytest.skip("there is no accelerator (CUDA or XPU)", allow_module_level=True)
-pytestmark = pytest.mark.xdist_group("accelerator")  # one process, for each would take memory of its own
 DTS = {"rank_ratio": 0.3}  # tiny models have no bytes to spare for a budget of 1%
 LORA = LoraConfig(
     r=4, lora_alpha=6, target_modules=["query", "value", "word_embeddings"], modules_to_save=["classifier"]

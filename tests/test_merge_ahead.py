@@ -24,8 +24,8 @@ from peft_tint.tint.merged_layer import MergedLayer
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = list(merge_ahead.DTYPES)
 NEEDS_KERNELS, NEEDS_KERNELS_HERE = (
-    pytest.mark.skipif(not kernels_work(device, torch.float32, torch.float32), reason=f"needs Triton on {device}")
-    for device in (CPU, DEVICE)
+    pytest.mark.skipif(not kernels_work(device, torch.float32, torch.float32), reason=f"needs {needed}")
+    for device, needed in ((CPU, "TRITON_INTERPRET=1"), (DEVICE, "Triton on a GPU, or TRITON_INTERPRET=1"))
 )
 KINDS = [pytest.param("full", marks=NEEDS_KERNELS), "lora", pytest.param("lora with biases", marks=NEEDS_KERNELS)]
 
@@ -53,11 +53,10 @@ def merged_layers(model):
     return [module for module in model.modules() if isinstance(module, MergedLayer)]
 
 
-def step(model, between=lambda: None):
+def step(model):
     model.zero_grad(set_to_none=True)
     logits = output(model, IDS).float()
     model.ahead = sum(layer._ahead is not None for layer in merged_layers(model))
-    between()
     logits.square().sum().backward()
     assert all(layer._ahead is None for layer in merged_layers(model))
     return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

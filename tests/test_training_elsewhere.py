@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from filelock import FileLock
 from models import ARCHITECTURES, IDS, IMAGE, SMALL, Architecture, make_experts, output, transformers_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from processes import run_to_end
@@ -44,7 +45,6 @@ BEIT = Architecture(  # its layers hold parameters of their own and are checkpoi
     IMAGE,
 )
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-TOGETHER = pytest.mark.xdist_group("two processes")  # which start once for all of them
 
 
 def load(folder):
@@ -233,10 +233,13 @@ def test_trainer_checkpoints_with_dropout_off(case, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What `distributed.py` finds in two processes on the CPU (with `--cpu` Accelerate would start but one)."""
+def two_processes(tmp_path_factory, worker_id):
+    """What `distributed.py` finds in two processes on the CPU (with `--cpu` Accelerate would start but one). They
+    start once, whichever of pytest's workers asks first."""
     settings = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    folder = tmp_path_factory.mktemp("distributed")
+    of_worker = tmp_path_factory.getbasetemp()
+    folder = (of_worker if worker_id == "master" else of_worker.parent) / "distributed"
+    results = folder / "results.pt"
     command = [sys.executable, "-m", "accelerate.commands.launch", *settings.split(), "--main_process_port", "0"]
     paths = [str(Path(peft_tint.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = {
@@ -245,12 +248,14 @@ def two_processes(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
-    command += [distributed.__file__, str(folder / "results.pt")]
-    run_to_end(command, env=environment, cwd=folder)
-    return torch.load(folder / "results.pt")
+    command += [distributed.__file__, str(results)]
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not results.exists():
+            run_to_end(command, env=environment, cwd=folder)
+    return torch.load(results)
 
 
-@TOGETHER
 def test_two_processes_train_and_evaluate_as_one(two_processes):
     """On the same global batches. The mean is over the pseudo-labels kept in both processes' halves together."""
     two, one = two_processes["ddp"], distributed.ddp()
@@ -267,7 +272,6 @@ def test_two_processes_train_and_evaluate_as_one(two_processes):
     assert two["plain"]["task vectors"] > 0 and two["plain"]["task vectors sent"] == 0
 
 
-@TOGETHER
 def test_task_vectors_in_parts_train_as_whole_ones(two_processes):
     """And take half as many entries in each of two processes, but for what fills up the last part."""
     two, one = two_processes["sharded"], distributed.sharded()
@@ -283,7 +287,6 @@ def test_task_vectors_in_parts_train_as_whole_ones(two_processes):
         assert ours["entries"] / 2 <= theirs["entries"] < ours["entries"] / 1.9
 
 
-@TOGETHER
 def test_two_processes_resume_as_if_never_stopped(two_processes):
     """Bitwise, in both processes, each with its own random states."""
     two = two_processes["resuming"]
@@ -291,7 +294,6 @@ def test_two_processes_resume_as_if_never_stopped(two_processes):
     assert two["random states"] == 2
 
 
-@TOGETHER
 def test_sharded_with_fsdp2(two_processes):
     """`fully_shard` in two processes, half a batch in each; Accelerate itself has FSDP for accelerators only."""
     two, one = two_processes["fsdp"], distributed.fsdp()

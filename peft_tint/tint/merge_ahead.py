@@ -170,7 +170,8 @@ class _Merge(torch.autograd.Function):
     def backward(ctx, *gradients):
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             for unit in ctx.part.units:  # all that used it has been run again by now, so its memory can be freed
-                if unit.layer._ahead is not None and unit.layer._ahead.seen is ctx.seen:
+                ahead = unit.layer._ahead  # which another thread's backward may take away meanwhile
+                if ahead is not None and ahead.seen is ctx.seen:
                     unit.layer._ahead = None
         return None, None, *ctx.part.gradients(gradients)
 
