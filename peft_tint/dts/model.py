@@ -36,6 +36,7 @@ from .._wrapped_layer import (
     check_adapter_name,
     check_names,
     check_no_peft_model,
+    check_task_type,
     plain_name,
     short_name,
     wrap_everywhere,
@@ -292,6 +293,7 @@ class DtsModel(WrappingTuner):
 
     def _pre_injection_hook(self, model, config, adapter_name):
         check_no_peft_model(model)
+        check_task_type(config, model)
         self._layers, self._calls = [], Calls()
         self._mixing = 0  # calls that mix adapters now
         self._base_labels = labels_of(getattr(model, "config", None))

@@ -95,7 +95,7 @@ def merge(
             of_models[task][name].copy_(add_change(name, tensors[name], change, scale))
     for task in heads:
         for name, module in heads[task].items():
-            setattr(models[task], name, module.train(base.training))
+            setattr(models[task], name, module)
         set_labels(models[task], labels[task])
     return models if per_task else models[""]
 

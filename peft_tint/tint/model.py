@@ -4,7 +4,9 @@ import copy
 import math
 import os
 import tempfile
+import weakref
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from .._card import TINT_FOLDER, save_card
@@ -31,6 +34,7 @@ from .._wrapped_layer import (
     check_adapter_name,
     check_names,
     check_no_peft_model,
+    check_task_type,
     is_distributed,
     is_traced,
     plain_name,
@@ -55,6 +59,22 @@ ROOT = "tint_root"  # the name of the layer for the parameters that the model ho
 STALE = ["model*.safetensors*", "adapter_config.json", "adapter_model.safetensors", f"{TINT_FOLDER}/*"]
 
 
+_TRAINED = weakref.WeakSet()  # the TintModels
+
+
+@cache  # once, when the first model is made
+def _watch_optimizers():
+    """After a step of any optimizer, whoever's training it is of, coefficients are within their bounds."""
+
+    def project(optimizer, args, kwargs):
+        moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for model in list(_TRAINED):
+            if any(id(own) in moved for layer in model._all_merged for own in layer.tint_coefficients.values()):
+                model.project_coefficients()
+
+    register_optimizer_step_post_hook(project)
+
+
 class Coefficients(NamedTuple):
     """Merging coefficients: `values` of shape (tasks, units), float32; `tasks` and `units` name its axes."""
 
@@ -63,13 +83,18 @@ class Coefficients(NamedTuple):
     units: list[str]
 
 
-def from_experts(base: nn.Module, experts: dict, **config):
+def from_experts(base: nn.Module, experts: dict, *others, **config):
     """As `get_peft_model(base, TintConfig(...))`, for experts held in memory.
 
     `experts` is {task: module, PeftModel or state dict}, `config` the other fields of `TintConfig`. The experts are
     only read. With `save_experts="dts"` the result can be saved, with the experts in it; else its adapter could not say
-    where they are.
+    where they are. Raises ValueError for a `TintConfig` as third argument.
     """
+    if others:
+        raise ValueError(
+            f"`from_experts` takes a base and its experts, and was given a {type(others[0]).__name__} too; give the "
+            "fields of `TintConfig` as keywords, such as `tint_layer=...`."
+        )
     config = TintConfig(experts=dict.fromkeys(experts), **config)
     config.experts_in_memory = experts  # no dataclass field, so it is never saved
     return get_peft_model(base, config)
@@ -218,7 +243,7 @@ class TintModel(WrappingTuner):
 
     @torch.no_grad()
     def project_coefficients(self) -> None:
-        """Projects the coefficients onto `coefficient_bounds`; `TintTrainer` calls it after each optimizer step.
+        """Projects the coefficients onto `coefficient_bounds`, which each step of an optimizer over them does.
 
         A clamp in the forward would do the same to the weights, but leave a coefficient at its bound no gradient."""
         coefficients = {layer.tint_coefficients[self._adapter]: None for layer in self._merged_layers()}
@@ -597,6 +622,7 @@ class TintModel(WrappingTuner):
 
     def _pre_injection_hook(self, model, config, adapter_name):
         check_no_peft_model(model)
+        check_task_type(config, model)
         if any(isinstance(m, MergedLayer | TintLayer) and m.added_adapters for m in model.modules()):
             raise ValueError(
                 f"This {type(model).__name__} holds a TINT adapter itself. To switch between several, put them into a "
@@ -617,6 +643,12 @@ class TintModel(WrappingTuner):
         self._coefficients = []  # of each of these {adapter: coefficients}
         self._values = []  # of the coefficients, see Seen
         self._ahead = None  # MergeAhead
+        _TRAINED.add(self)
+        _watch_optimizers()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        _TRAINED.add(self)
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

@@ -1,13 +1,13 @@
 """The arguments of the trainer, named as in `transformers.TrainingArguments`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 # The arguments with which a training that is resumed must have begun; the others may change, but for `max_steps` where
 # the learning rate falls until then
 DECISIVE = (
     *("update", "learning_rate", "head_steps", "lr_scheduler_type"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "expert_rows"),
     *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 # What of the model's config does not show in the names and shapes of its parameters
@@ -56,13 +56,21 @@ class TintTrainingArguments:
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per task and device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size without gradients."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per task and update."})
+    expert_rows: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the experts' outputs come from: 'cache', computed once ahead and kept with the dataset; "
+            "'online', by a forward of the expert beside each of the model's; 'auto', online where they would take "
+            "more than 50 MB, where collator or transforms draw at random, and where padding changes them."
+        },
+    )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
     seed: int = field(default=42, metadata={"help": "Seed of the order of tasks and data."})
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 autocast. None: as Accelerate is configured, or else for a float32 model on a device "
-            "that computes bfloat16 natively (`bf16_is_native`).",
+            "help": "bfloat16 autocast. None: as Accelerate is configured, or else for a float32 model of a million "
+            "parameters on a device that computes bfloat16 natively (`bf16_is_native`).",
             "nargs": "?",
             "const": True,
         },
@@ -99,12 +107,18 @@ class TintTrainingArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self):
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, str) and "str" not in str(one.type):
+                raise ValueError(f"`{one.name}` is the text {value!r}; give a number, such as {one.name}=1e-3.")
         if self.update not in ("sequential", "joint"):
             raise ValueError(f"`update` is {self.update!r}; it must be 'sequential' or 'joint'.")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise ValueError(
                 f"`lr_scheduler_type` is {self.lr_scheduler_type!r}; it must be 'constant', 'linear' or 'cosine'."
             )
+        if self.expert_rows not in ("auto", "cache", "online"):
+            raise ValueError(f"`expert_rows` is {self.expert_rows!r}; it must be 'auto', 'cache' or 'online'.")
         if self.bf16 and self.fp16:
             raise ValueError("`bf16` and `fp16` are both set; choose one.")
         if self.load_best_model_at_end and not self.eval_steps:

@@ -1,69 +1,52 @@
 """Batches with the experts' outputs beside them, computed once and cached with the dataset.
 
-An output is kept as rows, a tensor (rows, classes): one row a sample, one a token that is no padding, or one a pixel.
+An output is kept as rows, a tensor (rows, classes), see `outputs`.
 """
 
+import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
+from .outputs import LABELS
+
 EXPERT_ROWS = "expert_rows"
-LABELS = ("labels", "label", "label_ids")
-
-
-def output_of(result) -> torch.Tensor:
-    """The tensor of a model's output that a task is about, with one more axis of one class for a depth map."""
-    if isinstance(result, torch.Tensor):
-        return result
-    if "start_logits" in result:  # question answering: two choices among the tokens
-        return torch.stack([result["start_logits"], result["end_logits"]], 1)
-    if "predicted_depth" in result:
-        return result["predicted_depth"].unsqueeze(1)
-    if "logits" in result:
-        return result["logits"]
-    raise ValueError(
-        f"The model gives {', '.join(result)}; it must give logits or a tensor. Wrap it in a module of yours."
-    )
-
-
-def to_rows(values: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, list[int]]:
-    """Model outputs or labels as rows on the first axis, and the number of rows of each sample.
-
-    Shapes: (batch, classes), or (batch, tokens, classes) of which the attention mask chooses, or
-    (batch, classes, height, width).
-    """
-    if values.ndim == 4:
-        values = values.movedim(1, -1).flatten(1, 2)
-    if values.ndim == 2:
-        return values, [1] * len(values)
-    if attention_mask is not None and attention_mask.shape == values.shape[:2]:
-        kept = attention_mask.bool()
-        return values[kept], kept.sum(1).tolist()
-    return values.flatten(0, 1), [values.shape[1]] * len(values)
-
-
-def label_rows(labels: torch.Tensor, logits: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Labels in the order of the rows of `logits`: (rows,), or (rows, classes) where each class has one."""
-    if logits.ndim == 3 and attention_mask is not None and attention_mask.shape == labels.shape:
-        return labels[attention_mask.bool()]
-    return labels if labels.shape == logits.shape else labels.flatten()
+COMMON = {"input_ids", "pixel_values", "input_values", "input_features"}
 
 
 class Collator:
-    """Calls a data collator and adds the experts' rows to what it returns.
+    """Calls a data collator on samples of a task, and adds the experts' rows to what it returns.
 
     With no collator of the user's, only the columns that the model's forward takes reach the default one.
     """
 
-    def __init__(self, collate, columns: set[str] | None):
-        self.collate, self.columns = collate, columns
+    def __init__(self, task: str, collate, columns: set[str] | None):
+        self.task, self.collate, self.columns = task, collate, columns
 
     def __call__(self, samples: list[dict]) -> dict:
         rows = [sample[EXPERT_ROWS] for sample in samples if EXPERT_ROWS in sample]
         keep = lambda key: key != EXPERT_ROWS and (self.columns is None or key in self.columns)  # noqa: E731
-        batch = dict(self.collate([{k: v for k, v in sample.items() if keep(k)} for sample in samples]))
+        kept = [{k: v for k, v in sample.items() if keep(k)} for sample in samples]
+        if self.columns is not None and not kept[0].keys() - {*LABELS}:
+            raise ValueError(
+                f"Task {self.task!r}: its samples have {', '.join(map(repr, samples[0]))}, and none of what the model "
+                f"takes, such as {', '.join(sorted(self.columns & COMMON)) or sorted(self.columns)[0]}. Tokenize texts "
+                "by `dataset.map(lambda rows: tokenizer(rows[...]), batched=True)`, or give a `data_collator`."
+            )
+        try:
+            batch = {name: value for name, value in self.collate(kept).items() if value is not None}
+        except (ValueError, TypeError, RuntimeError) as error:
+            for name in kept[0]:
+                sizes = {np.shape(sample[name]) for sample in kept if name in sample}
+                if self.columns is not None and len(sizes) > 1:
+                    raise ValueError(
+                        f"Task {self.task!r}: {name!r} has samples of the shapes {min(sizes)} and {max(sizes)}. Give a "
+                        "tokenizer as `processing_class`, which pads them, or a `data_collator` that does."
+                    ) from error
+            raise
         if rows:
-            batch[EXPERT_ROWS] = torch.cat([torch.as_tensor(row) for row in rows])
+            rows = [torch.as_tensor(row) for row in rows if len(row)]  # a sample of which nothing counts has none
+            batch[EXPERT_ROWS] = torch.cat(rows) if rows else torch.zeros(0, 1)
         return batch
 
 

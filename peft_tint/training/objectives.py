@@ -5,6 +5,9 @@ or boolean of shape (...); rows that are False (padding) do not count. Every obj
 count, in float32; no row at all gives a loss of exactly zero with zero gradients.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -31,6 +34,12 @@ def confident_pseudo_label(logits, expert_logits, mask=None):
     return _mean(_cross_entropy(logits, expert_logits.argmax(-1)), kept if mask is None else kept & mask)
 
 
+def bce(logits, expert_logits, mask=None):
+    """Binary cross entropy to the expert's probability of each class, for tasks in which several may be right."""
+    expected = expert_logits.float().sigmoid()
+    return _mean(F.binary_cross_entropy_with_logits(logits.float(), expected, reduction="none").mean(-1), mask)
+
+
 def feature_l1(logits, expert_logits, mask=None):
     """Mean absolute difference to the expert's features, as in Representation Surgery (arXiv:2402.02705).
 
@@ -48,7 +57,47 @@ def confident_mask(logits, expert_logits):
         return (expert_label == label) | (expert_confidence >= confidence)
 
 
-OBJECTIVES = {f.__name__: f for f in (entropy, pseudo_label, soft_pseudo_label, confident_pseudo_label, feature_l1)}
+@dataclass(frozen=True)
+class Objective:
+    """A function `(logits, expert_logits, mask) -> loss`, and what the trainer has to know of it.
+
+    Args:
+        function: on rows of shape (rows, classes).
+        compares: "classes" of which one is right, "labels" of which each is right or not, "features", which are the
+            inputs of the head in place of the logits, or "any" outputs.
+        needs_expert: whether it looks at `expert_logits`. If not, the expert does not run where nothing else asks it,
+            and heads are not fitted, which such an objective would have predict one class.
+        kept: `(logits, expert_logits) -> bool (rows,)`, which pseudo-labels it keeps; their share is in the log.
+    """
+
+    function: Callable
+    compares: str = "any"
+    needs_expert: bool = True
+    kept: Callable | None = None
+
+    def __post_init__(self):
+        if self.compares not in ("classes", "labels", "features", "any"):
+            raise ValueError(f"`compares` is {self.compares!r}; it must be 'classes', 'labels', 'features' or 'any'.")
+
+    def __call__(self, logits, expert_logits=None, mask=None):
+        return self.function(logits, expert_logits, mask)
+
+    @property
+    def __name__(self):
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+
+OBJECTIVES = {
+    objective.__name__: objective
+    for objective in (
+        Objective(entropy, "classes", needs_expert=False),
+        Objective(pseudo_label, "classes"),
+        Objective(soft_pseudo_label, "classes"),
+        Objective(confident_pseudo_label, "classes", kept=confident_mask),
+        Objective(bce, "labels"),
+        Objective(feature_l1, "features"),
+    )
+}
 
 
 def _cross_entropy(logits, labels):
@@ -57,5 +106,5 @@ def _cross_entropy(logits, labels):
 
 def _mean(values, mask):
     if mask is None:
-        return values.mean()
+        return values.sum() / max(values.numel(), 1)
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

@@ -14,6 +14,9 @@ from .arguments import TintTrainingArguments
 # What `ONEDNN_MAX_CPU_ISA` may limit oneDNN to that has no bfloat16 arithmetic
 ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
+# Parameters of a model below which bfloat16 rounds for nothing: its products are too small to be faster
+SMALL = 10**6
+
 
 def bf16_is_native(device: str | torch.device | None = None) -> bool:
     """Whether a device multiplies bfloat16 matrices in hardware. Others emulate it, slower than float32.
@@ -62,7 +65,8 @@ def choose_autocast(args: TintTrainingArguments, accelerator: Accelerator, model
                 f"{', '.join(configured)}, or set `bf16` or `fp16`."
             )
         dtype = configured[accelerator.mixed_precision]
-        if dtype is None and bf16_is_native(device) and torch.float32 in weight_dtypes(model):
+        is_small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+        if dtype is None and not is_small and bf16_is_native(device) and torch.float32 in weight_dtypes(model):
             dtype = torch.bfloat16
     if dtype is torch.bfloat16 and not bf16_is_native(device):
         _warn_of_emulation(device.type)

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -103,6 +104,16 @@ def random_state() -> dict:
         "torch": torch.get_rng_state().tolist(),
         "cuda": [state.tolist() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
     }
+
+
+@contextmanager
+def kept_random_state():
+    """What draws at random in this context leaves the generators as they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def set_random_state(state: dict) -> None:

@@ -24,28 +24,41 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, EvalPrediction, default_data_collator, get_scheduler
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    default_data_collator,
+    get_scheduler,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import TrainOutput
 
 from .._card import FILE, read_card, save_card
 from ..checkpoints import added_files, new_folder
-from ..evaluation import NormalizedAccuracy
 from ..hub import push_adapters
 from .arguments import DECISIVE, DECISIVE_OF_MODEL, TintTrainingArguments
 from .collapse import CollapseGuard, Snapshot, Window
-from .data import EXPERT_ROWS, LABELS, Collator, WithExpertRows, cache_expert_rows, label_rows, output_of, to_rows
-from .objectives import OBJECTIVES, confident_mask, confident_pseudo_label, entropy, feature_l1
+from .data import EXPERT_ROWS, Collator, WithExpertRows, cache_expert_rows
+from .metrics import count as count_metrics
+from .metrics import metrics
+from .objectives import OBJECTIVES, Objective
+from .outputs import BY_LABELS, IGNORED, LABELS, OF_LANGUAGE, SPAN, Output, inputs_of, kind_of, read_output
 from .precision import choose_autocast, describe_precision
 from .resuming import (
     check_output_dir,
     find_checkpoint,
+    kept_random_state,
     random_state,
     read_state,
     remove_old_checkpoints,
     set_random_state,
     write_state,
 )
+
+MOST_CACHED = 50e6  # bytes of an expert's rows of one dataset
 
 
 class TintTrainer:
@@ -63,11 +76,13 @@ class TintTrainer:
         train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes;
             None for a stream (`step`).
         eval_dataset: {task: Dataset}; with labels (a column `label` or `labels`) it gives accuracies.
-        objective: a name in `OBJECTIVES` or a function `(logits, expert_logits, mask) -> loss` on rows of shape
-            (rows, classes). Regression tasks take the mean absolute difference to the expert whatever it says.
+        objective: a name in `OBJECTIVES`, a function `(logits, expert_logits, mask) -> loss` on rows of shape
+            (rows, classes), an `Objective`, or {task: one of these}. Where one is given for all tasks, regression takes
+            the mean absolute difference to the expert, and multi-label tasks "bce" for "soft_pseudo_label".
         data_collator: makes a batch of a list of samples; default: padding by `processing_class`, else stacking.
         processing_class: a tokenizer, image processor or other, saved with the model.
-        compute_metrics: `EvalPrediction -> {name: number}`, or {task: such a function}. Default: accuracy.
+        compute_metrics: `EvalPrediction -> {name: number}`, or {task: such a function}. It gets what
+            `transformers.Trainer` would give it: predictions (samples, ...) and labels, padded with -100.
         callbacks: functions `(trainer, logs)`, called with each entry of the log.
 
     Raises ValueError for a model without TINT, a task that the model does not have, an empty dataset, an unknown
@@ -86,6 +101,16 @@ class TintTrainer:
         compute_metrics=None,
         callbacks=(),
     ):
+        if not isinstance(args, TintTrainingArguments | None):
+            raise ValueError(
+                f"`args` is a {type(args).__name__}; give `TintTrainingArguments`, whose fields have the same names."
+            )
+        for name, function in (compute_metrics if isinstance(compute_metrics, dict) else {"": compute_metrics}).items():
+            if function is not None and not callable(function):
+                raise ValueError(
+                    f"`compute_metrics` is {function!r}{name and ' for '}{name}; it must be a function "
+                    "`EvalPrediction -> {name: number}`, or {task: such a function}."
+                )
         if not hasattr(model, "tasks"):
             raise ValueError(
                 f"`model` is a {type(model).__name__} without a TINT adapter; give what "
@@ -94,7 +119,9 @@ class TintTrainer:
         self.model, self.args = model, args or TintTrainingArguments()
         self.train_dataset = self._check_datasets("train_dataset", train_dataset)
         self.eval_dataset = self._check_datasets("eval_dataset", eval_dataset)
-        self.objective = self._check_objective(objective)
+        self._model = model.get_base_model()
+        self._kind = kind_of(self._model)
+        self.objectives = self._check_objectives(objective)
         if self.args.collapse_guard is not None and not any(map(self._compares_classes, train_dataset or model.tasks)):
             raise ValueError(
                 f"`collapse_guard` is {self.args.collapse_guard}, and there are no predicted classes to compare with "
@@ -120,9 +147,7 @@ class TintTrainer:
         self.accelerator.scaler = None
         if self._autocast is torch.float16:
             self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type)
-        self._collate = self._make_collator(data_collator)
-        unlabelled = None if self._collate.columns is None else self._collate.columns - set(LABELS)
-        self._collate_unlabelled = Collator(self._collate.collate, unlabelled)
+        self._collate, self._columns = self._choose_collator(data_collator)
         self._optimizer, self._checkpointed = None, []
         self._cached = {}
 
@@ -142,40 +167,85 @@ class TintTrainer:
                 raise ValueError(f"`{name}[{task!r}]` is empty; leave the task out or give it samples.")
         return datasets
 
-    def _check_objective(self, objective):
-        if callable(objective):
-            return objective
-        if objective not in OBJECTIVES:
-            raise ValueError(f"There is no objective {objective!r}; the objectives are {', '.join(OBJECTIVES)}.")
-        for task in self.train_dataset or {}:
-            self._objective_of(task, OBJECTIVES[objective])
-        if objective == "feature_l1" and not self.model.head_layers:
-            raise ValueError("'feature_l1' compares the inputs of the head, and this model has no head.")
-        return OBJECTIVES[objective]
+    def _check_objectives(self, objective) -> dict[str, Objective]:
+        """That of each task."""
+        given = objective if isinstance(objective, dict) else dict.fromkeys(self.model.tasks, objective)
+        tasks = self.train_dataset or {}
+        for task in [*given, *tasks]:
+            if task not in given or task not in self.model.tasks:
+                raise ValueError(
+                    f"`objective` is for {', '.join(map(repr, given))}, the model's tasks are "
+                    f"{', '.join(map(repr, self.model.tasks))}; give one for each task that is trained."
+                )
+        objectives = {}
+        for task, one in given.items():
+            if not callable(one) and one not in OBJECTIVES:
+                raise ValueError(f"There is no objective {one!r}; the objectives are {', '.join(OBJECTIVES)}.")
+            known = one if callable(one) else OBJECTIVES[one]
+            known = known if isinstance(known, Objective) else Objective(known)
+            if isinstance(objective, dict) and known.compares == "any":
+                objectives[task] = known
+                continue
+            problem = self._problem(task)
+            if problem == "number" and known.compares != "features":
+                known = Objective(OBJECTIVES["feature_l1"].function)
+            elif problem == "labels" and known is OBJECTIVES["soft_pseudo_label"]:
+                known = OBJECTIVES["bce"]
+            if task in tasks or not tasks:
+                self._check_objective(task, known, problem)
+            objectives[task] = known
+        return objectives
 
-    def _objective_of(self, task, objective):
-        """Regression has no classes to agree on, so it takes the difference to the expert's output."""
-        problem = self._problem_type(task)
-        if problem == "multi_label_classification" and objective in set(OBJECTIVES.values()) - {feature_l1}:
+    def _check_objective(self, task, objective, problem):
+        name, compares = objective.__name__, objective.compares
+        if problem == "labels" and compares == "classes":
             raise ValueError(
-                f"The task {task!r} is multi-label; {objective.__name__!r} would take its labels for alternatives. Use "
-                "'feature_l1' or a function of your own."
+                f"The task {task!r} is multi-label; {name!r} would take its labels for alternatives. Use 'bce', "
+                "'feature_l1' or a function of your own, for this task alone by `objective={task: ...}`."
             )
-        return feature_l1 if problem == "regression" else objective
+        if problem == "classes" and compares == "labels":
+            raise ValueError(
+                f"In the task {task!r} one class is right; {name!r} would take each by itself. Use "
+                "'soft_pseudo_label', or set `problem_type` in the config of its expert."
+            )
+        if problem == "features" and compares in ("classes", "labels"):
+            raise ValueError(
+                f"The model of the task {task!r} has no head: it gives `last_hidden_state`, and {name!r} compares "
+                "scores of classes. Use 'feature_l1', which compares features."
+            )
+        if compares == "features" and problem != "features" and not self.model.head_layers:
+            raise ValueError(f"Task {task!r}: {name!r} compares the inputs of the head, and this model has no head.")
 
-    def _problem_type(self, task):
+    def _problem(self, task, output: Output | None = None) -> str:
+        """What a row of the task is: "classes" of which one is right, "labels" that each is right or not, a "number",
+        or "features" of an encoder without a head."""
+        if self._kind in ("features", "depth"):
+            return "features" if self._kind == "features" else "number"
         labels = self.model.task_labels(task)
-        regression = not labels.get("problem_type") and len(labels.get("id2label") or "ab") == 1
-        return "regression" if regression else labels.get("problem_type")
+        known = labels.get("problem_type") if self._kind not in (*OF_LANGUAGE, "tokens", "span", "frames") else None
+        single = not known and len(labels.get("id2label") or "ab") == 1 and self._kind is None
+        if known == "regression" or single or (output is not None and output.values.shape[-1] == 1):
+            return "number"
+        return "labels" if known == "multi_label_classification" else "classes"
 
-    def _make_collator(self, data_collator):
+    def _choose_collator(self, data_collator):
+        """What makes a batch, and the columns that it gets, None for all."""
         if data_collator is not None:
-            return Collator(data_collator, None)
-        forward = self.model.get_base_model().forward
-        columns = {*inspect.signature(forward).parameters, *LABELS} - {"args", "kwargs"}
-        pads = self.processing_class is not None and hasattr(self.processing_class, "pad")
-        collate = DataCollatorWithPadding(self.processing_class) if pads else default_data_collator
-        return Collator(collate, columns)
+            return data_collator, None
+        columns = {*inspect.signature(self._model.forward).parameters} - {"args", "kwargs"}
+        if self.processing_class is None or not hasattr(self.processing_class, "pad"):
+            return default_data_collator, columns
+        if self._kind == "seq2seq":
+            return DataCollatorForSeq2Seq(self.processing_class), columns
+        pads = DataCollatorForTokenClassification if self._kind in BY_LABELS else DataCollatorWithPadding
+        return pads(self.processing_class), columns
+
+    def _collator(self, task, labelled):
+        """`labelled`: with labels also where they do not say what counts."""
+        columns = self._columns
+        if columns is not None:
+            columns = columns | {*LABELS} if labelled or self._kind in BY_LABELS else columns - {*LABELS}
+        return Collator(task, self._collate, columns)
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -267,8 +337,8 @@ class TintTrainer:
         if not (self.args.head_steps and heads):
             return
         for task, dataset in self.train_dataset.items():
-            objective, head = self._objective_of(task, self.objective), heads[-1]
-            if objective is entropy:
+            objective, head = self.objectives[task], heads[-1]
+            if not objective.needs_expert:
                 continue
             self.model.set_task(task)
             features, expert_rows = self._features(head, task, dataset)
@@ -298,20 +368,20 @@ class TintTrainer:
         """What a task's head gets, of shape (samples, features), and the expert's rows; (None, None) where it gets more
         than one vector a sample, or its output is not that of the model."""
         found, expert_rows = [], []
-        samples = WithExpertRows(dataset, self._expert_rows(task, dataset, logits=False))
         loader = DataLoader(
-            samples,
+            self._with_expert_rows(task, dataset, logits=False),
             batch_size=self.args.per_device_eval_batch_size,
             generator=torch.Generator(),  # or it would draw a random number
-            collate_fn=self._collate_unlabelled,
+            collate_fn=self._collator(task, labelled=False),
             num_workers=self.args.dataloader_num_workers,
         )
         hook = head.register_forward_hook(lambda module, args, output: found.append((*args, output)))
         try:
             for batch in self._bar(f"features of {task}", loader, leave=False):
                 batch = send_to_device(batch, self.accelerator.device)
-                expert_rows.append(batch[EXPERT_ROWS])
-                compared = self._forward(batch).compared[0]
+                expert_rows.append(self._rows_of_expert(task, batch, logits=False))
+                del found[len(expert_rows) - 1 :]  # the expert's
+                compared = self._forward(task, batch).compared
                 axes = [getattr(value, "ndim", None) for value in found[-1]] if found else None
                 if len(found) != len(expert_rows) or axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
                     return None, None
@@ -359,23 +429,20 @@ class TintTrainer:
         an unknown task, and for what is no tensor.
         """
         for name, value in batch.items():
-            if name not in LABELS and not isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor) and (name not in LABELS or self._kind in BY_LABELS):
                 raise ValueError(
                     f"`batch[{name!r}]` is a {type(value).__name__}; it must be a tensor, as a data collator or a "
                     "tokenizer with `return_tensors='pt'` gives it. Leave out what the model does not take."
                 )
         if self._optimizer is None:
             self._prepare()
-        samples = {k: v.to(self.accelerator.device) for k, v in batch.items() if k not in LABELS}
+        used = lambda name: self._kind in BY_LABELS or name not in LABELS  # noqa: E731
+        samples = {name: value.to(self.accelerator.device) for name, value in batch.items() if used(name)}
         progress, args = self._progress, self.args
         if progress.collapsed:
             self.model.set_task(task)
             with torch.no_grad():
-                return self._forward(samples).logits
-        alone = self._objective_of(task, self.objective) is entropy and progress.guard is None
-        if EXPERT_ROWS not in samples and not alone:
-            with torch.no_grad(), self.model.expert(task):
-                samples[EXPERT_ROWS] = self._forward(samples).compared[0]
+                return self._forward(task, samples).output.raw.float()
         logits = self._backward(task, samples, 1)
         self._update()
         progress.step += 1
@@ -433,49 +500,60 @@ class TintTrainer:
     def _backward(self, task, batch, share):
         """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
-        objective, progress = self._objective_of(task, self.objective), self._progress
-        expert_rows = batch.get(EXPERT_ROWS)  # None in a stream where nothing takes it
-        start_rows = self._start_rows(batch) if progress.guard is not None else None
+        progress, objective = self._progress, self._objective(task)
+        needs_expert = objective.needs_expert or progress.guard is not None
+        expert_rows = self._rows_of_expert(task, batch, logits=False) if needs_expert else batch.get(EXPERT_ROWS)
+        start_rows = self._start_rows(task, batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
-            output = self._forward(batch)
-        rows = output.compared[0]
-        if expert_rows is not None and rows.shape != expert_rows.shape:
-            raise ValueError(
-                f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
-                f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
-                "the same sizes each time."
-            )
+            forward = self._forward(task, batch)
+        rows, problem = forward.compared, self._problem(task, forward.output)
+        objective = self._objective(task, problem)
+        if expert_rows is not None:
+            self._check_rows(task, rows, expert_rows)
         rows, expert_rows = self._of_all_processes(rows), self._of_all_processes(expert_rows)
         loss = objective(rows, expert_rows, None)
         self.accelerator.backward(loss / share)
         self._loss_since_update += loss.detach().abs()
         progress.window.add(task, loss=loss)
-        if objective is confident_pseudo_label:
-            progress.window.add(task, kept=confident_mask(rows, expert_rows).float().mean())
-        if expert_rows is not None and self._compares_classes(task):
+        if objective.kept is not None:
+            progress.window.add(task, kept=objective.kept(rows, expert_rows).float().mean())
+        if expert_rows is not None and problem == "classes" and objective.compares != "features" and len(rows):
             predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
             progress.window.add(task, agreement=_share_equal(predicted, expected))
-            progress.window.add_classes(task, predicted, expected, rows.shape[-1])
+            if self._kind != "span":  # whose classes are the tokens of a batch
+                progress.window.add_classes(task, predicted, expected, rows.shape[-1])
             if start_rows is not None:
                 progress.window.add(task, start_agreement=_share_equal(start_rows.argmax(-1), expected))
-        return output.logits.detach()
+        return forward.output.raw.detach().float()
+
+    def _objective(self, task, problem=None) -> Objective:
+        """That of a task, whose output may tell what its config does not."""
+        objective = self.objectives[task]
+        if problem == "number" and objective.compares in ("classes", "labels"):
+            return Objective(OBJECTIVES["feature_l1"].function)
+        return objective
 
     def _compares_classes(self, task):
         """Whether what the objective compares are scores of classes of which one is right."""
-        return self._has_one_class(task) and self.objective is not feature_l1
+        return self._problem(task) == "classes" and self.objectives[task].compares != "features"
 
-    def _has_one_class(self, task):
-        return self._problem_type(task) not in ("regression", "multi_label_classification")
+    def _check_rows(self, task, rows, expert_rows):
+        if rows.shape != expert_rows.shape and len(rows) + len(expert_rows) > 0:
+            raise ValueError(
+                f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
+                f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
+                "the same sizes each time; else set `expert_rows='online'`."
+            )
 
     @torch.no_grad()
-    def _start_rows(self, batch):
+    def _start_rows(self, task, batch):
         """What the parameters of the start give for a batch."""
         parameters = self._parameters()
         now = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, value in self._progress.guard.start.parameters.items():
                 parameters[name].data = value.to(now[name].device)
-            return self._of_all_processes(self._forward(batch).compared[0])
+            return self._of_all_processes(self._forward(task, batch).compared)
         finally:
             for name, value in now.items():
                 parameters[name].data = value
@@ -514,32 +592,37 @@ class TintTrainer:
             del optimizer.found_inf
         elif not skipped:
             self._optimizer.step()
-        self.model.project_coefficients()
         # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
         self._optimizer.zero_grad(set_to_none=True)
         self._loss_since_update = 0.0
 
-    def _forward(self, batch) -> "_Output":
-        mask = self._attention_mask(batch)
-        inputs = {key: value for key, value in batch.items() if key != EXPERT_ROWS and key not in LABELS}
+    def _forward(self, task, batch, labelled=False) -> "_Forward":
+        """`labelled`: labels are read where they do not say what counts, too."""
+        if not (labelled or self._kind in BY_LABELS):
+            batch = {name: value for name, value in batch.items() if name not in LABELS}
         features, hooks = [], []
-        if self.objective is feature_l1:
+        if self.objectives[task].compares == "features" and self.model.head_layers:
             head = self.model.head_layers[0]
             hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
+        inputs = {name: value for name, value in batch.items() if name != EXPERT_ROWS}
         try:
             with torch.autocast(self.accelerator.device.type, self._autocast, self._autocast is not None):
-                output = self.model(**inputs)
-                logits = output_of(output).float()
+                result = self.model(**inputs_of(self._model, self._kind, inputs, task))
         finally:
             for hook in hooks:
                 hook.remove()
-        rows = to_rows(logits, mask)
-        return _Output(logits, rows, to_rows(features[0], mask) if features else rows)
+        output = read_output(result, self._model, self._kind, inputs, task)
+        return _Forward(output, output.take(_positions(features[0])) if features else output.rows())
 
-    def _attention_mask(self, batch):
-        """Which tokens of the output are no padding; None where the batch does not say."""
-        decodes = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        return batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    @torch.no_grad()
+    def _rows_of_expert(self, task, batch, logits):
+        """Those that came with the batch, or of a forward of the expert; `logits`: not the features that an objective
+        compares."""
+        if EXPERT_ROWS in batch:
+            return batch[EXPERT_ROWS]
+        with self.model.expert(task):
+            forward = self._forward(task, batch, logits)
+        return forward.output.rows() if logits else forward.compared
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -550,7 +633,7 @@ class TintTrainer:
         of their own, have to load it again to come to the same place.
         """
         args, order, device = self.args, torch.Generator(), self.accelerator.device
-        samples = WithExpertRows(dataset, self._expert_rows(task, dataset, logits=False))
+        samples = self._with_expert_rows(task, dataset, logits=False)
         sampler = BatchSampler(RandomSampler(samples, generator=order), args.per_device_train_batch_size, False)
         if self.accelerator.num_processes > 1:
             sampler = BatchSamplerShard(sampler, self.accelerator.num_processes, self.accelerator.process_index)
@@ -563,7 +646,7 @@ class TintTrainer:
                     samples,
                     batch_sampler=sampler if args.dataloader_num_workers else SkipBatchSampler(sampler, skipped),
                     generator=order,
-                    collate_fn=self._collate_unlabelled,
+                    collate_fn=self._collator(task, labelled=False),
                     num_workers=args.dataloader_num_workers,
                     pin_memory=device.type == "cuda",  # or the GPU would be waited for at each batch
                 )
@@ -573,43 +656,85 @@ class TintTrainer:
         return (send_to_device(batch, device, non_blocking=True) for batch in epochs())
 
     def _eval_loader(self, task, dataset):
-        """Batches of a task with the expert's logits."""
+        """Batches of a task, with the expert's logits where they are cached."""
         loader = DataLoader(
-            WithExpertRows(dataset, self._expert_rows(task, dataset, logits=True)),
+            self._with_expert_rows(task, dataset, logits=True),
             batch_size=self.args.per_device_eval_batch_size,
             generator=torch.Generator().manual_seed(self.args.seed),  # or each evaluation would draw a random number
-            collate_fn=self._collate,
+            collate_fn=self._collator(task, labelled=True),
             num_workers=self.args.dataloader_num_workers,
         )
         loader = self.accelerator.prepare(loader)
         self.accelerator._dataloaders.remove(loader)  # or every evaluation would leave one there
         return loader
 
-    def _expert_rows(self, task, dataset, logits):
-        @torch.no_grad()
-        def compute(samples):
-            batch = self._collate_unlabelled(samples)
-            output = self._forward({k: v.to(self.accelerator.device) for k, v in batch.items()})
-            rows, counts = output.rows if logits else output.compared
-            return rows.split(counts)
-
-        kind = "features" if self.objective is feature_l1 and not logits else "logits"
+    def _with_expert_rows(self, task, dataset, logits):
+        """The dataset, with the expert's rows beside each sample where they are computed ahead."""
+        self.model.eval()
+        kind = "features" if self.objectives[task].compares == "features" and not logits else "logits"
         memo = (self.model.active_adapter, task, kind, dataset._fingerprint)
         config = self.model.peft_config[self.model.active_adapter]
         # `datasets` caches on disk only what came from disk; an adapter may have taken another's name
         if self._cached.get(memo, (None, None))[0] is not config:
-            self.model.eval()
-            # processes that have the experts or the base in parts run them together, and keep what they find apart
-            sharded = config.is_sharded
-            sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-            expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
-            key = [expert, kind, self.precision]
-            key.append(Hasher.hash([self._collate.collate, self._collate.columns]))
-            with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
-                size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
-                rows = cache_expert_rows(dataset, compute, key, size, description, not sharded)
+            collate = self._collator(task, labelled=logits)
+            rows = None
+            if self._is_cached(task, dataset, collate, logits):
+                rows = self._cache(task, dataset, collate, logits, kind)
             self._cached[memo] = config, rows
-        return self._cached[memo][1]
+        rows = self._cached[memo][1]
+        return dataset if rows is None else WithExpertRows(dataset, rows)
+
+    def _cache(self, task, dataset, collate, logits, kind):
+        # processes that have the experts or the base in parts run them together, and keep what they find apart
+        sharded = self.model.peft_config[self.model.active_adapter].is_sharded
+        sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+        expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
+        key = [expert, kind, self.precision, Hasher.hash([collate.collate, collate.columns])]
+        size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
+        with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
+            compute = partial(self._compute, task, collate, logits)
+            return cache_expert_rows(dataset, compute, key, size, description, not sharded)
+
+    @torch.no_grad()
+    def _compute(self, task, collate, logits, samples):
+        """The rows of each sample by what the model is now."""
+        batch = send_to_device(collate(samples), self.accelerator.device)
+        forward = self._forward(task, batch, logits)
+        rows = forward.output.rows() if logits else forward.compared
+        return rows.split(forward.output.numbers().tolist())
+
+    def _is_cached(self, task, dataset, collate, logits) -> bool:
+        """Whether the expert's rows are computed once ahead. They may be if a sample has the same input each time, and
+        the same rows whatever it is in a batch with."""
+        args = self.args
+        if args.expert_rows == "online":
+            return False
+        number = min(len(dataset), 8, args.per_device_eval_batch_size)
+        with kept_random_state():
+            samples, again = (dataset.__getitems__(list(range(number))) for _ in range(2))
+            first, second = collate(samples), collate(again)
+        if not _are_equal(first, second):
+            if args.expert_rows == "cache":
+                raise ValueError(
+                    f"Task {task!r}: collator or transforms draw at random, so the expert's outputs cannot be cached: "
+                    "the model would get other inputs than its expert did. Leave `expert_rows` out."
+                )
+            return False
+        if args.expert_rows == "cache":
+            return True
+        if self._kind == "span":  # whose classes are the tokens of a batch
+            return False
+        with self.model.expert(task):
+            together = self._compute(task, collate, logits, samples)
+            size = sum(rows.numel() for rows in together) * 4 / number * len(dataset)
+            if size > MOST_CACHED:
+                return False
+            sizes = [_size(collate([sample])) for sample in samples]
+            shortest = sizes.index(min(sizes))
+            if sizes[shortest] == max(sizes):
+                return True  # there is no padding
+            [by_itself] = self._compute(task, collate, logits, [samples[shortest]])
+            return _are_close(together[shortest], by_itself)
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
@@ -617,8 +742,13 @@ class TintTrainer:
     def evaluate(self, eval_dataset: dict[str, Dataset] | None = None) -> dict[str, dict[str, float]]:
         """Metrics of each task, and their means as the entry "mean".
 
-        `agreement` is how often the merged model predicts the expert's class; it needs no labels. With labels, each
-        metric is given for the merged model, for the expert (`expert_...`), and as their ratio (`normalized_...`).
+        `agreement` is how often the merged model predicts the expert's class, or says yes or no to a label as the
+        expert does; it needs no labels. With labels, each
+        metric is given for the merged model, for the expert (`expert_...`), and as their ratio (`normalized_...`):
+        accuracy where one class is right, with perplexity for language models and mean IoU for segmentation; F1 (micro)
+        and subset accuracy where several are; MAE, MSE and Pearson's correlation of numbers; exact match and F1 of
+        spans. `compute_metrics` takes their place. Positions labelled -100 do not count, nor do segmentation's
+        `semantic_loss_ignore_index`. Raises ValueError for labels that cannot be compared with the output.
         """
         datasets = self._check_datasets("eval_dataset", eval_dataset) or self.eval_dataset
         if not datasets:
@@ -629,50 +759,56 @@ class TintTrainer:
         batches = sum(map(len, loaders.values()))
         with self.model.reuse_merged_weights(), self._bar("evaluating", total=batches, leave=False) as bar:
             for task, loader in loaders.items():
-                results[task] = self._metrics(task, *self._predict(task, loader, bar))
-        self.model.set_task(before)
-        names = dict.fromkeys(name for metrics in results.values() for name in metrics)
+                try:
+                    results[task] = self._evaluate(task, loader, bar)
+                finally:
+                    self.model.set_task(before)
+        names = dict.fromkeys(name for found in results.values() for name in found)
         return {**results, "mean": {n: float(np.mean([m[n] for m in results.values() if n in m])) for n in names}}
 
-    def _predict(self, task, loader, bar):
-        """Rows of the merged model and of the expert, and the labels of the rows (None without labels)."""
-        self.model.set_task(task)
-        samples = []
-        for batch in loader:
-            label = next((batch[key] for key in LABELS if key in batch), None)
-            output = self._forward(batch)
-            rows, counts = output.rows
-            found = [rows, batch[EXPERT_ROWS]]
-            if label is not None:
-                found.append(label_rows(label, output.logits, self._attention_mask(batch)))
-            # sample by sample: processes have other numbers of rows, and samples that filled up the last batch go
-            split = [value.float().cpu().split(counts) for value in found]
-            samples += self.accelerator.gather_for_metrics(list(zip(*split, strict=True)), use_gather_object=True)
-            bar.update()
-        columns = [torch.cat(column).numpy() for column in zip(*samples, strict=True)]
-        return columns if len(columns) == 3 else [*columns, None]
-
-    def _metrics(self, task, rows, expert_rows, labels):
-        metrics = {}
-        if self._has_one_class(task):
-            metrics["agreement"] = float((rows.argmax(-1) == expert_rows.argmax(-1)).mean())
-        if labels is None:
-            return metrics
+    def _evaluate(self, task, loader, bar):
         compute = self.compute_metrics
-        if isinstance(compute, dict):
-            compute = compute.get(task)
-        if compute is not None:
+        compute = compute.get(task) if isinstance(compute, dict) else compute
+        sums, kept, labelled = {}, [EvalLoopContainer(padding_index=IGNORED) for _ in range(3)], False
+        ignored = {IGNORED, getattr(getattr(self._model, "config", None), "semantic_loss_ignore_index", IGNORED)}
+        self.model.set_task(task)
+        for batch in loader:
+            expert_rows = self._rows_of_expert(task, batch, logits=True)
+            output = self._forward(task, batch, labelled=True).output
+            self._check_rows(task, output.rows(), expert_rows)
+            labels = [batch[name] for name in LABELS if name in batch]
+            labelled |= bool(labels)
+            if compute is not None and labels:
+                both = tuple(batch[name] for name in SPAN) if self._kind == "span" else labels[0]
+                for container, found in zip(kept, (output.raw.float(), output.fill(expert_rows), both), strict=True):
+                    found = tuple(found.unbind(1)) if self._kind == "span" and container is not kept[2] else found
+                    found = self.accelerator.pad_across_processes(found, dim=1, pad_index=IGNORED)
+                    container.add(self.accelerator.gather_for_metrics(found))
+                    container.to_cpu_and_numpy()
+                output = output._replace(labels=None)
+            try:
+                counted = count_metrics(self._problem(task, output), self._kind, output, expert_rows, tuple(ignored))
+            except ValueError as error:
+                raise ValueError(f"Task {task!r}: {error}.") from None
+            for name, values in self.accelerator.gather_for_metrics(counted).items():
+                sums[name] = sums.get(name, 0) + values.sum(0).double().cpu()
+            bar.update()
+        try:
+            found = metrics(sums)
+        except ValueError as error:
+            raise ValueError(f"Task {task!r}: {error}.") from None
+        if compute is not None and labelled:
+            rows, expert_rows, labels = (container.get_arrays() for container in kept)
             ours, experts = (compute(EvalPrediction(values, labels)) for values in (rows, expert_rows))
             for name, value in ours.items():
                 normalized = value / experts[name] if experts[name] else float("nan")
-                metrics |= {name: value, f"expert_{name}": experts[name], f"normalized_{name}": normalized}
-        elif metrics:
-            metrics |= NormalizedAccuracy(keep_in_memory=True).compute(
-                predictions=rows.argmax(-1),
-                references=labels.astype("int64"),
-                expert_predictions=expert_rows.argmax(-1),
+                found |= {name: value, f"expert_{name}": experts[name], f"normalized_{name}": normalized}
+        elif labelled and "labelled" not in sums:
+            raise ValueError(
+                f"Task {task!r}: its labels cannot be compared with what a {type(self._model).__name__} gives; "
+                "give `compute_metrics`, or leave them out."
             )
-        return metrics
+        return found
 
     def _evaluate_state(self):
         """Evaluates and logs the present state, and keeps it if it is the best."""
@@ -718,7 +854,7 @@ class TintTrainer:
 
     def _for_card(self):
         steps = max((logs["step"] for logs in self.log_history), default=0)
-        settings = {"objective": getattr(self.objective, "__name__", "a function"), "steps": steps}
+        settings = {"objective": self._objective_name(), "steps": steps}
         for name in ("update", "per_device_train_batch_size", "seed"):
             settings[name.replace("_", " ")] = getattr(self.args, name)
         settings["precision"] = self.precision
@@ -786,7 +922,7 @@ class TintTrainer:
         return {
             **{f"`{name}`": getattr(self.args, name) for name in names},
             **{f"`{name}` of the model": config[name] for name in DECISIVE_OF_MODEL},
-            "the objective": getattr(self.objective, "__name__", type(self.objective).__name__),
+            "the objective": self._objective_name(),
             "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
             "the number of processes": self.accelerator.num_processes,
             "the precision": self.precision,
@@ -811,6 +947,10 @@ class TintTrainer:
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
+    def _objective_name(self):
+        names = {task: objective.__name__ for task, objective in self.objectives.items()}
+        return names.popitem()[1] if len({*names.values()}) == 1 else names
+
     # ---- beside ------------------------------------------------------------------------------------------------------
 
     def _is_quiet(self):
@@ -826,12 +966,9 @@ class TintTrainer:
             callback(self, logs)
 
 
-class _Output(NamedTuple):
-    """Of one forward: the logits, and as (rows, rows of each sample) the logits and what the objective compares."""
-
-    logits: torch.Tensor
-    rows: tuple[torch.Tensor, list[int]]
-    compared: tuple[torch.Tensor, list[int]]
+class _Forward(NamedTuple):
+    output: Output
+    compared: torch.Tensor  # the rows that the objective compares, of logits or of features
 
 
 @dataclass
@@ -880,6 +1017,30 @@ def _checkpoint(layer, checkpoint, forward, *args):
             layer.training = before
 
     return checkpoint(forward_in_evaluation, *args)
+
+
+def _positions(features):
+    """Inputs of a head as (samples, positions, features)."""
+    if features.ndim == 4:
+        return features.flatten(2).transpose(1, 2)
+    return features[:, None] if features.ndim == 2 else features
+
+
+def _are_equal(batch, other):
+    def equal(one, two):
+        return torch.equal(one, two) if isinstance(one, torch.Tensor) else bool(np.all(one == two))
+
+    return batch.keys() == other.keys() and all(equal(value, other[name]) for name, value in batch.items())
+
+
+def _are_close(rows, others):
+    """Up to what lower precision and other sizes of matrices round differently."""
+    scale = others.abs().max().clamp(min=1e-6) if others.numel() else 1
+    return rows.shape == others.shape and bool(((rows - others).abs() <= 0.02 * scale).all())
+
+
+def _size(batch):
+    return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
 
 def _share_equal(ours, theirs):

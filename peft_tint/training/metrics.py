@@ -1,0 +1,164 @@
+"""How good a model and its expert are by the labels, counted batch by batch, so that no output is kept."""
+
+import torch
+from torch.nn import functional as F
+
+from .outputs import IGNORED, OF_LANGUAGE, Output
+
+WHO = ("", "expert_")
+OF_LABELS = ("labelled", "label", "label_squared")  # which are the same for both
+
+
+def count(problem: str, kind: str | None, output: Output, expert_rows: torch.Tensor, ignored=(IGNORED,)) -> dict:
+    """{name: numbers of each sample, (samples,) or (samples, classes)}, from whose sums over all samples `metrics` are.
+
+    `problem` is what a row is: "classes" of which one is right, "labels" that each is right or not, a "number", or
+    "features". Raises ValueError for labels that cannot be."""
+    rows, samples = output.rows(), output.samples()
+    found = {"rows": _wide(output.numbers())}
+
+    def add(name, values):
+        values = _wide(values)
+        found[name] = values.new_zeros(len(output.values), *values.shape[1:]).index_add_(0, samples, values)
+
+    if problem == "classes":
+        add("agreeing", rows.argmax(-1) == expert_rows.argmax(-1))
+    if problem == "labels":
+        add("agreeing", ((rows > 0) == (expert_rows > 0)).float().mean(-1))
+    if output.labels is None:
+        return found
+    if kind == "span":
+        return found | _count_spans(output, expert_rows)
+    if output.raw.ndim == 4:
+        return found | _count_pixels(problem, output, expert_rows, ignored)
+    labels = output.take(output.labels)
+    if problem == "classes" and labels.shape == rows.shape:
+        problem = "labels"
+    for who, own in zip(WHO, (rows, expert_rows), strict=True):
+        for name, values in _COUNTS[problem](own, labels, ignored).items():
+            add(name if name in OF_LABELS else who + name, values)
+        if problem == "classes" and kind in OF_LANGUAGE:
+            add(who + "surprise", F.cross_entropy(own, labels.long(), reduction="none", ignore_index=IGNORED))
+    return found
+
+
+def _wide(values):
+    """In float64, where the device has it."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def _count_classes(rows, labels, ignored):
+    labels = labels.long()
+    labelled = ~torch.isin(labels, torch.tensor(ignored, device=labels.device))
+    wrong = labelled & ((labels < 0) | (labels >= rows.shape[-1]))
+    if wrong.any():
+        raise ValueError(f"the label {labels[wrong][0].item()} is none of its {rows.shape[-1]} classes")
+    return {"labelled": labelled, "right": labelled & (rows.argmax(-1) == labels)}
+
+
+def _count_labels(rows, labels, ignored):
+    if labels.shape != rows.shape:
+        given = labels.shape[1] if labels.ndim > 1 else "one"
+        raise ValueError(f"it has {given} labels a sample; give a 0 or 1 for each of its {rows.shape[1]} classes")
+    wrong = (labels != 0) & (labels != 1)
+    if wrong.any():
+        raise ValueError(f"the label {labels[wrong][0].item()} is neither 0 nor 1, as several labels a sample are")
+    chosen, labels = rows > 0, labels.bool()
+    return {
+        "labelled": torch.ones(len(rows), device=rows.device),
+        "exact": (chosen == labels).all(1),
+        "hits": (chosen & labels).sum(1),
+        "named": chosen.sum(1) + labels.sum(1),
+    }
+
+
+def _count_numbers(rows, labels, ignored):
+    """Numbers that are not finite do not count, as those of a depth map where nothing was measured."""
+    rows, labels = _wide(rows), _wide(labels).view_as(rows)
+    labelled = labels.isfinite()
+    rows, labels = rows * labelled, labels.where(labelled, 0)
+    off = rows - labels
+    sums = {"error": off.abs(), "squared": off.square(), "output": rows, "output_squared": rows.square()}
+    sums |= {"product": rows * labels, "labelled": labelled, "label": labels, "label_squared": labels.square()}
+    return {name: values.sum(1) for name, values in sums.items()}
+
+
+_COUNTS = {"classes": _count_classes, "labels": _count_labels, "number": _count_numbers}
+
+
+def _count_spans(output, expert_rows):
+    found, labels = {"labelled": _wide(torch.ones(len(output.values), device=output.values.device))}, output.labels
+    for who, rows in zip(WHO, (output.rows(), expert_rows), strict=True):
+        start, end = rows.view(len(labels), 2, -1).argmax(-1).to(labels.device).unbind(1)
+        shared = (torch.minimum(end, labels[:, 1]) - torch.maximum(start, labels[:, 0]) + 1).clamp(min=0)
+        both = (end - start + 1).clamp(min=0) + labels[:, 1] - labels[:, 0] + 1
+        exact = (start == labels[:, 0]) & (end == labels[:, 1])
+        found |= {f"{who}exact": _wide(exact), f"{who}overlap": 2 * shared / _wide(both.clamp(min=1))}
+    return found
+
+
+def _count_pixels(problem, output, expert_rows, ignored):
+    """Outputs are brought to the size of the labels, as the models' own losses do; one sample at a time, for they may
+    be large."""
+    raw, labels, found = output.raw, output.labels, []
+    if labels.ndim == 4 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 3:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}; give one of each pixel")
+    expert = expert_rows.view(len(raw), *raw.shape[2:], raw.shape[1]).movedim(-1, 1)
+    classes = torch.arange(raw.shape[1], device=raw.device)
+    for maps in zip(raw.float(), expert, labels, strict=True):
+        sample, label = {}, maps[2].flatten()
+        for who, own in zip(WHO, maps[:2], strict=True):
+            if own.shape[1:] != maps[2].shape:
+                own = F.interpolate(own[None], size=maps[2].shape, mode="bilinear", align_corners=False)[0]
+            rows = own.flatten(1).t()
+            for name, values in _COUNTS[problem](rows, label, ignored).items():
+                sample[name if name in OF_LABELS else who + name] = _wide(values).sum()
+            if problem == "classes":
+                labelled = ~torch.isin(label, torch.tensor(ignored, device=label.device))
+                is_class, predicted = label[labelled, None] == classes, rows[labelled].argmax(-1)[:, None] == classes
+                sample[f"{who}intersection"] = _wide(is_class & predicted).sum(0)
+                sample[f"{who}union"] = _wide(is_class | predicted).sum(0)
+        found.append(sample)
+    return {name: torch.stack([sample[name] for sample in found]) for name in found[0]}
+
+
+def metrics(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Of the merged model, of the expert (`expert_...`), and their ratio (`normalized_...`, NaN where the expert's is
+    zero). Raises ValueError if nothing is labelled."""
+    found = {"agreement": (sums["agreeing"] / sums["rows"]).item()} if "agreeing" in sums else {}
+    if "labelled" not in sums:
+        return found
+    if not sums["labelled"] > 0:
+        raise ValueError("none of its labels counts")
+    for who in WHO:
+        found |= {who + name: float(value) for name, value in _of(who, sums).items()}
+    for name in [name for name in found if f"expert_{name}" in found]:
+        expert = found[f"expert_{name}"]
+        found[f"normalized_{name}"] = found[name] / expert if expert else float("nan")
+    return found
+
+
+def _of(who, sums):
+    labelled, found = sums["labelled"], {}
+    has, own = lambda name: who + name in sums, lambda name: sums[who + name]
+    if has("right"):
+        found["accuracy"] = own("right") / labelled
+    if has("surprise"):
+        found["perplexity"] = (own("surprise") / labelled).exp()
+    if has("union"):
+        seen = own("union") > 0
+        found["mean_iou"] = (own("intersection")[seen] / own("union")[seen]).mean()
+    if has("overlap"):
+        found |= {"exact_match": own("exact") / labelled, "f1": own("overlap") / labelled}
+    if has("named"):
+        found["subset_accuracy"] = own("exact") / labelled
+        found["f1"] = 2 * own("hits") / own("named").clamp(min=1)
+    if has("error"):
+        x, y = own("output"), sums["label"]
+        spread = (labelled * own("output_squared") - x.square()) * (labelled * sums["label_squared"] - y.square())
+        found |= {"mae": own("error") / labelled, "mse": own("squared") / labelled}
+        if spread > 0:  # or there is no correlation
+            found["pearson"] = (labelled * own("product") - x * y) / spread.sqrt()
+    return found

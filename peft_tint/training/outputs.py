@@ -1,0 +1,185 @@
+"""What a row of a model's output is: which rows a batch has, which of them count, and which label belongs to each.
+
+The trainer asks this wherever it compares a model with its expert or with labels, so that all of it agrees.
+"""
+
+import inspect
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers.models.auto import modeling_auto as auto
+
+SPAN = ("start_positions", "end_positions")
+LABELS = ("labels", "label", "label_ids", *SPAN)
+IGNORED = -100  # the label of what does not count, everywhere in transformers
+
+
+def _classes(*kinds):
+    names = set()
+    for kind in kinds:
+        for name in getattr(auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values():
+            names.update([name] if isinstance(name, str) else name)
+    return names
+
+
+DECODERS = _classes("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+CLASSES = {"masked": _classes("MASKED_LM"), "causal": DECODERS, "tokens": _classes("TOKEN_CLASSIFICATION")}
+CLASSES |= {"span": _classes("QUESTION_ANSWERING"), "frames": _classes("CTC"), "depth": _classes("DEPTH_ESTIMATION")}
+CLASSES["features"] = {name for name in auto.MODEL_MAPPING_NAMES.values() if isinstance(name, str)}
+OF_LANGUAGE = ("causal", "seq2seq", "masked")
+BY_LABELS = (*OF_LANGUAGE, "tokens")  # where positions that are labelled -100 do not count
+# Positions of these are numbers in a table, counted from the first token, padding or not. Those of the models that have
+# a masked form, such as RoBERTa's, are their own affair.
+BY_POSITION = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+def kind_of(model: torch.nn.Module) -> str | None:
+    """By the class of a transformers model: "causal", "seq2seq" or "masked" language model, "tokens", "span" of an
+    answer, "frames" of CTC, "depth" maps, "features" of an encoder without a head. None: one row a sample, a token or a
+    pixel, as the shape of the output tells."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and names & DECODERS:
+        return "seq2seq"
+    return next((kind for kind, known in CLASSES.items() if names & known), None)
+
+
+def inputs_of(model: torch.nn.Module, kind: str | None, batch: dict, task: str) -> dict:
+    """What the model's forward takes of a batch.
+
+    The decoder's tokens are made of the labels, by the model itself. Positions begin at the first token that is no
+    padding, as in `generate`, so a sample's output does not depend on the others in its batch.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    if kind == "seq2seq" and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        if "labels" not in batch:
+            raise ValueError(
+                f"Task {task!r}: a {type(model).__name__} needs a column `labels`, of which its decoder's tokens are "
+                f"made, or `decoder_input_ids`; the batch has {', '.join(map(repr, batch))}."
+            )
+        inputs["labels"] = batch["labels"]
+    mask = inputs.get("attention_mask")
+    by_position = getattr(getattr(model, "config", None), "model_type", None) in BY_POSITION
+    if by_position and mask is not None and mask.ndim == 2 and not inputs.keys() & {"position_ids", "pixel_values"}:
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def output_of(result) -> torch.Tensor:
+    """The tensor of a model's output that a task is about, with one more axis of one class for a depth map. That of an
+    encoder without a head is its hidden states."""
+    if isinstance(result, torch.Tensor):
+        return result
+    if "start_logits" in result:  # question answering: two choices among the tokens
+        return torch.stack([result["start_logits"], result["end_logits"]], 1)
+    if "predicted_depth" in result:
+        return result["predicted_depth"].unsqueeze(1)
+    for name in ("logits", "last_hidden_state"):
+        if name in result:
+            return result[name]
+    raise ValueError(
+        f"The model gives {', '.join(result)}; it must give logits or a tensor. Wrap it in a module of yours."
+    )
+
+
+class Output(NamedTuple):
+    """Of one forward. Row by row, in this order, are those of the positions that count."""
+
+    raw: torch.Tensor  # as the model gives it
+    values: torch.Tensor  # (samples, positions, classes)
+    counts: torch.Tensor | None = None  # (samples, positions), bool; None: all
+    # (samples, positions), or (samples, positions, classes) where each class has its own, or as large maps as they are
+    labels: torch.Tensor | None = None
+
+    def rows(self) -> torch.Tensor:
+        """(rows, classes), in float32."""
+        return self.take(self.values).float()
+
+    def take(self, values: torch.Tensor) -> torch.Tensor:
+        """Those of any tensor (samples, positions, ...) that count."""
+        return values.flatten(0, 1) if self.counts is None else values[self.counts]
+
+    def numbers(self) -> torch.Tensor:
+        """How many rows each sample has, (samples,)."""
+        if self.counts is None:
+            return torch.full((len(self.values),), self.values.shape[1], device=self.values.device)
+        return self.counts.sum(1)
+
+    def fill(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows as the model would give them, with -100 where nothing counts."""
+        values = torch.full(self.values.shape, float(IGNORED), device=rows.device)
+        if self.counts is None:
+            values = rows.view(values.shape)
+        else:
+            values[self.counts] = rows
+        if self.raw.ndim == 4:
+            return values.transpose(1, 2).reshape(self.raw.shape)
+        return values.view(self.raw.shape)
+
+    def samples(self) -> torch.Tensor:
+        """Which sample a row is of, (rows,)."""
+        return torch.repeat_interleave(self.numbers())
+
+
+def read_output(result, model: torch.nn.Module, kind: str | None, batch: dict, task: str) -> Output:
+    """The rows of what the forward of a batch gave. Raises ValueError where labels or mask do not fit."""
+    raw = output_of(result)
+    labels = next((batch[name] for name in LABELS if name in batch), None)
+    mask = batch.get("decoder_attention_mask" if kind == "seq2seq" else "attention_mask")
+    if not isinstance(result, torch.Tensor) and "start_logits" in result:
+        if mask is not None:
+            raw = raw.masked_fill(~mask.bool()[:, None], torch.finfo(raw.dtype).min)
+        spans = (
+            torch.stack([batch[name].flatten() for name in SPAN], 1) if all(name in batch for name in SPAN) else None
+        )
+        return Output(raw, raw, labels=spans)
+    if raw.ndim == 4:
+        return Output(raw, raw.flatten(2).transpose(1, 2), labels=labels)
+    if raw.ndim == 2:
+        fits = labels is None or labels.shape in (raw.shape, (len(raw),), (len(raw), 1))
+        _check(fits, task, labels, raw, "one of each sample, or of each class of each sample")
+        if labels is not None:
+            labels = labels[:, None] if labels.shape == raw.shape and raw.shape[1] > 1 else labels.reshape(-1, 1)
+        return Output(raw, raw[:, None], labels=labels)
+    if raw.ndim != 3:
+        raise ValueError(
+            f"Task {task!r}: the model gives a tensor of shape {tuple(raw.shape)}; it must be (samples, classes), "
+            "(samples, tokens, classes) or (samples, classes, height, width). Wrap it in a module of yours."
+        )
+    if kind == "frames":  # labels are shorter than the frames; only a metric of the user's can compare them
+        reduce = getattr(model, "_get_feature_vector_attention_mask", None)
+        return Output(raw, raw, None if mask is None or reduce is None else reduce(raw.shape[1], mask).bool())
+    return _of_tokens(raw, mask, labels, model, kind, task)
+
+
+def _of_tokens(raw, mask, labels, model, kind, task):
+    shape = raw.shape[:2]
+    if mask is not None and mask.shape != shape:
+        if kind in BY_LABELS:
+            raise ValueError(
+                f"Task {task!r}: the output has {shape[1]} tokens a sample, and the mask has the shape "
+                f"{tuple(mask.shape)}, so it does not say which of them are padding."
+            )
+        mask = None
+    counts = None if mask is None else mask.bool()
+    if labels is not None:
+        _check(labels.shape == shape, task, labels, raw, "one of each token")
+        if kind == "causal":  # the output at a token is about the next one
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            counts = None if counts is None else F.pad(counts[:, 1:], (0, 1), value=False)
+        if kind in BY_LABELS:
+            labelled = labels != IGNORED
+            pad, end = (getattr(getattr(model, "config", None), f"{name}_token_id", None) for name in ("pad", "eos"))
+            if kind == "seq2seq" and pad is not None and pad != end:
+                labelled &= labels != pad
+            counts = labelled if counts is None else counts & labelled
+    return Output(raw, raw, counts, labels)
+
+
+def _check(fits, task, labels, raw, needed):
+    if not fits:
+        raise ValueError(
+            f"Task {task!r}: labels have the shape {tuple(labels.shape)} and the model's output {tuple(raw.shape)}; "
+            f"give {needed}."
+        )
