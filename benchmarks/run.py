@@ -187,7 +187,7 @@ class Experiment:
 
         def predict(task, batch):
             model.set_task(task)
-            return trainer._forward(batch).logits
+            return trainer.rows.forward(task, batch).output.raw.float()
 
         trainer.predict, trainer.eval_dataset = predict, adaptation
         trainer.train()
@@ -235,7 +235,7 @@ class Experiment:
     def features(self, model, trainer, batch):
         found = []
         hook = model.head_layers[0].register_forward_pre_hook(lambda module, args: found.append(args[0].float()))
-        trainer._forward(batch)
+        trainer.rows.forward(model.task, batch)
         hook.remove()
         return found[0]
 

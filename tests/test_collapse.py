@@ -12,6 +12,7 @@ from torch import nn
 import peft_tint
 from peft_tint import TintTrainer, TintTrainingArguments
 from peft_tint.training.collapse import CollapseGuard, Window, perplexity
+from peft_tint.training.rows import Rows
 
 CLASSES = {"a": 3, "b": 5}
 
@@ -180,7 +181,7 @@ def test_the_rule():
 
 def test_where_there_is_nothing_to_compare(networks, tmp_path, monkeypatch):
     kinds = {"a": "classes", "b": "number"}
-    monkeypatch.setattr(TintTrainer, "_problem", lambda self, task, output=None: kinds[task])
+    monkeypatch.setattr(Rows, "problem", lambda self, task, output=None: kinds[task])
     make = partial(make_trainer, networks, tmp_path, collapse_guard=0.1, max_steps=1)
     trainer = make()
     trainer.train()

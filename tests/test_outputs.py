@@ -375,7 +375,7 @@ def test_what_is_computed_ahead(name, cached, tmp_path):
     model, _, _, data, collate, _ = make(name, "right")
     trainer = TintTrainer(model, arguments(tmp_path), data, data_collator=collate)
     before = torch.get_rng_state()
-    assert (trainer._with_expert_rows("t", data["t"], False) is not data["t"]) == cached
+    assert (trainer.batches.with_expert_rows("t", data["t"], False) is not data["t"]) == cached
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -383,10 +383,10 @@ def test_what_is_large_or_depends_on_its_batch_is_not_computed_ahead(monkeypatch
     model, _, _, data, collate, _ = make("tokens", "right")
     without_mask = lambda samples: {k: v for k, v in collate(samples).items() if k != "attention_mask"}  # noqa: E731
     trainer = TintTrainer(model, arguments(tmp_path), data, data_collator=without_mask)
-    assert trainer._with_expert_rows("t", data["t"], False) is data["t"]
-    monkeypatch.setattr(peft_tint.training.trainer, "MOST_CACHED", 100)
+    assert trainer.batches.with_expert_rows("t", data["t"], False) is data["t"]
+    monkeypatch.setattr(peft_tint.training.batches, "MOST_CACHED", 100)
     trainer = TintTrainer(model, arguments(tmp_path), data, data_collator=collate)
-    assert trainer._with_expert_rows("t", data["t"], False) is data["t"]
+    assert trainer.batches.with_expert_rows("t", data["t"], False) is data["t"]
 
 
 def test_what_is_drawn_at_random_cannot_be_cached(tmp_path):
@@ -428,12 +428,12 @@ def test_an_objective_for_each_task(tmp_path):
         return TintTrainer(model, arguments(tmp_path), data, objective=objective, processing_class=tokenizer())
 
     trainer = objectives("soft_pseudo_label")
-    names = {task: objective.__name__ for task, objective in trainer.objectives.items()}
+    names = {task: objective.__name__ for task, objective in trainer.rows.objectives.items()}
     assert names == {"one": "soft_pseudo_label", "many": "bce", "score": "feature_l1"}
     trainer.train()
     own = lambda logits, expert_logits, mask: (logits - expert_logits).square().mean()  # noqa: E731
     trainer = objectives({"one": "entropy", "many": own, "score": Objective(own)})
-    assert trainer.objectives["many"].function is trainer.objectives["score"].function is own
+    assert trainer.rows.objectives["many"].function is trainer.rows.objectives["score"].function is own
     trainer.train()
     with pytest.raises(ValueError, match=r"'many' is multi-label; 'entropy' would .* by `objective=\{task: ...\}`"):
         objectives("entropy")

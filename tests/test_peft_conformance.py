@@ -114,7 +114,8 @@ TOY_EXPERTS = {toy: experts_of(custom.MockTransformerWrapper.from_pretrained(toy
 TOY_BASES = {toy: save(custom.MockTransformerWrapper.from_pretrained(toy), FOLDER / f"{toy}-base") for toy in TOYS}
 ONE_EXPERT = {"one": TOY_EXPERTS["MLP"]["one"]}
 DEEP_EXPERTS = experts_of(custom.DeepMLP(size=256), "DeepMLP")
-IDENTITY = {"coefficient_init": 0.0}  # as every method of PEFT starts; `init_weights=False` in a test undoes it
+# As every method of PEFT starts; `init_weights=False` in a test undoes it. A step may lead to either side of zero
+IDENTITY = {"coefficient_init": 0.0, "coefficient_bounds": None}
 
 
 def toy(model, label="", **config):

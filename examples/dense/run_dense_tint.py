@@ -71,7 +71,7 @@ def main():
             adaptation,
             evaluation,
             data_collator=default_data_collator,
-            compute_metrics={"segmentation": segmentation_metrics, "depth": depth_metrics},
+            compute_metrics={"depth": depth_metrics},
         )
 
     quiet = replace(training, save_steps=None, report_to="none")
@@ -206,14 +206,6 @@ def predict(model, scenes, tasks=("segmentation", "depth")):
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def segmentation_metrics(prediction):
-    """Pixel accuracy, and the mean over classes of intersection over union."""
-    predicted, labels = prediction.predictions.argmax(-1), prediction.label_ids.ravel()
-    pairs = [(predicted == index, labels == index) for index in np.unique(labels)]
-    both = [(ours & truth).sum() / (ours | truth).sum() for ours, truth in pairs]
-    return {"mean_iou": float(np.mean(both)), "pixel_accuracy": float((predicted == labels).mean())}
-
-
 def depth_metrics(prediction):
     """Mean absolute error, and relative to the depth."""
     depth = prediction.label_ids.ravel()
@@ -223,7 +215,7 @@ def depth_metrics(prediction):
 
 def write(output, scores, predictions, scenes, trainer):
     output.mkdir(parents=True, exist_ok=True)
-    names = [("segmentation", name) for name in ("mean_iou", "pixel_accuracy")]
+    names = [("segmentation", name) for name in ("mean_iou", "accuracy")]
     names += [("depth", name) for name in ("absolute_error", "relative_error")]
     rows = {method: [found[task][name] for task, name in names] for method, found in scores.items()}
     rows = {"experts": [scores["tint"][task][f"expert_{name}"] for task, name in names], **rows}

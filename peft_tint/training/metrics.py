@@ -9,12 +9,12 @@ WHO = ("", "expert_")
 OF_LABELS = ("labelled", "label", "label_squared")  # which are the same for both
 
 
-def count(problem: str, kind: str | None, output: Output, expert_rows: torch.Tensor, ignored=(IGNORED,)) -> dict:
+def count(problem: str, kind: str | None, output: Output, rows, expert_rows, ignored=(IGNORED,)) -> dict:
     """{name: numbers of each sample, (samples,) or (samples, classes)}, from whose sums over all samples `metrics` are.
 
     `problem` is what a row is: "classes" of which one is right, "labels" that each is right or not, a "number", or
     "features". Raises ValueError for labels that cannot be."""
-    rows, samples = output.rows(), output.samples()
+    samples = output.samples()
     found = {"rows": _wide(output.numbers())}
 
     def add(name, values):
@@ -28,7 +28,7 @@ def count(problem: str, kind: str | None, output: Output, expert_rows: torch.Ten
     if output.labels is None:
         return found
     if kind == "span":
-        return found | _count_spans(output, expert_rows)
+        return found | _count_spans(output.labels, (rows, expert_rows))
     if output.raw.ndim == 4:
         return found | _count_pixels(problem, output, expert_rows, ignored)
     labels = output.take(output.labels)
@@ -86,9 +86,9 @@ def _count_numbers(rows, labels, ignored):
 _COUNTS = {"classes": _count_classes, "labels": _count_labels, "number": _count_numbers}
 
 
-def _count_spans(output, expert_rows):
-    found, labels = {"labelled": _wide(torch.ones(len(output.values), device=output.values.device))}, output.labels
-    for who, rows in zip(WHO, (output.rows(), expert_rows), strict=True):
+def _count_spans(labels, both_rows):
+    found = {"labelled": _wide(torch.ones(len(labels), device=labels.device))}
+    for who, rows in zip(WHO, both_rows, strict=True):
         start, end = rows.view(len(labels), 2, -1).argmax(-1).to(labels.device).unbind(1)
         shared = (torch.minimum(end, labels[:, 1]) - torch.maximum(start, labels[:, 0]) + 1).clamp(min=0)
         both = (end - start + 1).clamp(min=0) + labels[:, 1] - labels[:, 0] + 1

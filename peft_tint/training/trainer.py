@@ -1,6 +1,5 @@
 """Trains coefficients and tint layers at test time, on unlabelled data with the experts' pseudo-labels."""
 
-import inspect
 import os
 import sys
 import time
@@ -8,57 +7,41 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import count, islice
-from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from accelerate.utils import DistributedType, broadcast, gather_object, send_to_device, set_seed
+from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 from peft import get_peft_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from tqdm.auto import tqdm
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    default_data_collator,
-    get_scheduler,
-)
+from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.trainer_pt_utils import EvalLoopContainer
 from transformers.trainer_utils import TrainOutput
 
 from .._card import FILE, read_card, save_card
 from ..checkpoints import added_files, new_folder
 from ..hub import push_adapters
+from . import heads
 from .arguments import DECISIVE, DECISIVE_OF_MODEL, TintTrainingArguments
+from .batches import Batches
 from .collapse import CollapseGuard, Snapshot, Window
-from .data import EXPERT_ROWS, Collator, WithExpertRows, cache_expert_rows
-from .metrics import count as count_metrics
-from .metrics import metrics
-from .objectives import OBJECTIVES, Objective
-from .outputs import BY_LABELS, IGNORED, LABELS, OF_LANGUAGE, SPAN, Output, inputs_of, kind_of, read_output
+from .data import EXPERT_ROWS
+from .evaluating import evaluate
+from .outputs import BY_LABELS, LABELS
 from .precision import choose_autocast, describe_precision
 from .resuming import (
     check_output_dir,
     find_checkpoint,
-    kept_random_state,
     random_state,
     read_state,
     remove_old_checkpoints,
     set_random_state,
     write_state,
 )
-
-MOST_CACHED = 50e6  # bytes of an expert's rows of one dataset
+from .rows import Rows
 
 
 class TintTrainer:
@@ -116,17 +99,9 @@ class TintTrainer:
                 f"`model` is a {type(model).__name__} without a TINT adapter; give what "
                 "`get_peft_model(base, TintConfig(...))` returns."
             )
-        self.model, self.args = model, args or TintTrainingArguments()
-        self.train_dataset = self._check_datasets("train_dataset", train_dataset)
-        self.eval_dataset = self._check_datasets("eval_dataset", eval_dataset)
-        self._model = model.get_base_model()
-        self._kind = kind_of(self._model)
-        self.objectives = self._check_objectives(objective)
-        if self.args.collapse_guard is not None and not any(map(self._compares_classes, train_dataset or model.tasks)):
-            raise ValueError(
-                f"`collapse_guard` is {self.args.collapse_guard}, and there are no predicted classes to compare with "
-                "the experts': tasks are regression or multi-label, or the objective is 'feature_l1'. Leave it out."
-            )
+        self.args = args or TintTrainingArguments()
+        self.train_dataset = _checked("train_dataset", train_dataset, model.tasks)
+        self.eval_dataset = _checked("eval_dataset", eval_dataset, model.tasks)
         self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
         self.log_history: list[dict] = []
         self.accelerator = Accelerator(
@@ -140,112 +115,30 @@ class TintTrainer:
                 "parallelism (`--multi_gpu`); `TintConfig(shard_task_vectors=True)` shards the task vectors, and "
                 "PyTorch's `fully_shard(model, ignored_params=the trainable parameters)` the base."
             )
-        self.model.to(self.accelerator.device)
+        model.to(self.accelerator.device)
         # Accelerate has one precision for a process, and trainers may differ in it: autocast and scaler are ours
-        self._autocast = choose_autocast(self.args, self.accelerator, model)
-        self.precision = describe_precision(self._autocast, model)
+        autocast = choose_autocast(self.args, self.accelerator, model)
+        self.precision = describe_precision(autocast, model)
         self.accelerator.scaler = None
-        if self._autocast is torch.float16:
+        if autocast is torch.float16:
             self.accelerator.scaler = torch.amp.GradScaler(self.accelerator.device.type)
-        self._collate, self._columns = self._choose_collator(data_collator)
+        tasks = list(self.train_dataset or ())
+        self.rows = Rows(model, objective, tasks, self.accelerator, autocast)
+        if self.args.collapse_guard is not None and not any(map(self.rows.compares_classes, tasks or model.tasks)):
+            raise ValueError(
+                f"`collapse_guard` is {self.args.collapse_guard}, and there are no predicted classes to compare with "
+                "the experts': tasks are regression or multi-label, or the objective is 'feature_l1'. Leave it out."
+            )
+        self.batches = Batches(self.rows, self.args, data_collator, processing_class, self.precision)
         self._optimizer, self._checkpointed = None, []
-        self._cached = {}
 
-    def _check_datasets(self, name, datasets):
-        if not isinstance(datasets, dict | None):
-            raise ValueError(f"`{name}` is a {type(datasets).__name__}; it must be {{task: Dataset}}.")
-        for task, dataset in (datasets or {}).items():
-            if task not in self.model.tasks:
-                known = ", ".join(map(repr, self.model.tasks))
-                raise ValueError(f"`{name}` has the task {task!r}, which the model does not have. Its tasks: {known}.")
-            if not isinstance(dataset, Dataset):
-                raise ValueError(
-                    f"`{name}[{task!r}]` is a {type(dataset).__name__}; it must be a `datasets.Dataset`. "
-                    "For a stream, call `trainer.step(task, batch)`."
-                )
-            if len(dataset) == 0:
-                raise ValueError(f"`{name}[{task!r}]` is empty; leave the task out or give it samples.")
-        return datasets
+    @property
+    def model(self):
+        return self.rows.model
 
-    def _check_objectives(self, objective) -> dict[str, Objective]:
-        """That of each task."""
-        given = objective if isinstance(objective, dict) else dict.fromkeys(self.model.tasks, objective)
-        tasks = self.train_dataset or {}
-        for task in [*given, *tasks]:
-            if task not in given or task not in self.model.tasks:
-                raise ValueError(
-                    f"`objective` is for {', '.join(map(repr, given))}, the model's tasks are "
-                    f"{', '.join(map(repr, self.model.tasks))}; give one for each task that is trained."
-                )
-        objectives = {}
-        for task, one in given.items():
-            if not callable(one) and one not in OBJECTIVES:
-                raise ValueError(f"There is no objective {one!r}; the objectives are {', '.join(OBJECTIVES)}.")
-            known = one if callable(one) else OBJECTIVES[one]
-            known = known if isinstance(known, Objective) else Objective(known)
-            if isinstance(objective, dict) and known.compares == "any":
-                objectives[task] = known
-                continue
-            problem = self._problem(task)
-            if problem == "number" and known.compares != "features":
-                known = Objective(OBJECTIVES["feature_l1"].function)
-            elif problem == "labels" and known is OBJECTIVES["soft_pseudo_label"]:
-                known = OBJECTIVES["bce"]
-            if task in tasks or not tasks:
-                self._check_objective(task, known, problem)
-            objectives[task] = known
-        return objectives
-
-    def _check_objective(self, task, objective, problem):
-        name, compares = objective.__name__, objective.compares
-        if problem == "labels" and compares == "classes":
-            raise ValueError(
-                f"The task {task!r} is multi-label; {name!r} would take its labels for alternatives. Use 'bce', "
-                "'feature_l1' or a function of your own, for this task alone by `objective={task: ...}`."
-            )
-        if problem == "classes" and compares == "labels":
-            raise ValueError(
-                f"In the task {task!r} one class is right; {name!r} would take each by itself. Use "
-                "'soft_pseudo_label', or set `problem_type` in the config of its expert."
-            )
-        if problem == "features" and compares in ("classes", "labels"):
-            raise ValueError(
-                f"The model of the task {task!r} has no head: it gives `last_hidden_state`, and {name!r} compares "
-                "scores of classes. Use 'feature_l1', which compares features."
-            )
-        if compares == "features" and problem != "features" and not self.model.head_layers:
-            raise ValueError(f"Task {task!r}: {name!r} compares the inputs of the head, and this model has no head.")
-
-    def _problem(self, task, output: Output | None = None) -> str:
-        """What a row of the task is: "classes" of which one is right, "labels" that each is right or not, a "number",
-        or "features" of an encoder without a head."""
-        if self._kind in ("features", "depth"):
-            return "features" if self._kind == "features" else "number"
-        labels = self.model.task_labels(task)
-        known = labels.get("problem_type") if self._kind not in (*OF_LANGUAGE, "tokens", "span", "frames") else None
-        single = not known and len(labels.get("id2label") or "ab") == 1 and self._kind is None
-        if known == "regression" or single or (output is not None and output.values.shape[-1] == 1):
-            return "number"
-        return "labels" if known == "multi_label_classification" else "classes"
-
-    def _choose_collator(self, data_collator):
-        """What makes a batch, and the columns that it gets, None for all."""
-        if data_collator is not None:
-            return data_collator, None
-        columns = {*inspect.signature(self._model.forward).parameters} - {"args", "kwargs"}
-        if self.processing_class is None or not hasattr(self.processing_class, "pad"):
-            return default_data_collator, columns
-        if self._kind == "seq2seq":
-            return DataCollatorForSeq2Seq(self.processing_class), columns
-        pads = DataCollatorForTokenClassification if self._kind in BY_LABELS else DataCollatorWithPadding
-        return pads(self.processing_class), columns
-
-    def _collator(self, task, labelled):
-        """`labelled`: with labels also where they do not say what counts."""
-        columns = self._columns
-        if columns is not None:
-            columns = columns | {*LABELS} if labelled or self._kind in BY_LABELS else columns - {*LABELS}
-        return Collator(task, self._collate, columns)
+    @model.setter
+    def model(self, model):
+        self.rows.model = model
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -290,7 +183,7 @@ class TintTrainer:
         if saved:
             self._load_state(*saved[:2])
         done = progress.step * args.gradient_accumulation_steps  # batches of each task
-        batches = {task: self._batches(task, dataset, done) for task, dataset in self.train_dataset.items()}
+        batches = {task: self.batches.endless(task, data, done) for task, data in self.train_dataset.items()}
         scheduler = get_scheduler(
             args.lr_scheduler_type, self._optimizer, 0, args.max_steps, {"last_epoch": progress.step - 1}
         )
@@ -331,64 +224,32 @@ class TintTrainer:
             self._set_parameters(best.parameters)
 
     def _fit_heads(self):
-        """Linear probing before fine-tuning (https://arxiv.org/abs/2202.10054): fits each task's head by the objective
-        to the features that the merged model has at the start. Each process does all of it."""
-        heads, losses = [layer for layer in self.model.head_layers if layer in self.model.tint_layers], []
-        if not (self.args.head_steps and heads):
+        """Each task's head by the objective, to the features that the merged model has at the start. Each process does
+        all of it."""
+        layers, losses = [layer for layer in self.model.head_layers if layer in self.model.tint_layers], []
+        if not (self.args.head_steps and layers):
             return
         for task, dataset in self.train_dataset.items():
-            objective, head = self.objectives[task], heads[-1]
+            objective, head = self.rows.objectives[task], layers[-1]
             if not objective.needs_expert:
                 continue
             self.model.set_task(task)
-            features, expert_rows = self._features(head, task, dataset)
-            if features is None:
+            loader = self.batches.once(task, dataset, evaluating=False)
+            found = heads.features_of(self.rows, head, task, self._bar(f"features of {task}", loader, leave=False))
+            if found is None:
                 continue
-            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.Adam(parameters, self._optimizer.param_groups[0]["initial_lr"])
-            scheduler = get_scheduler("cosine", optimizer, 0, self.args.head_steps)
-            for _ in self._bar(f"fitting the head of {task}", range(self.args.head_steps), leave=False):
-                loss = objective(head(features), expert_rows, None)
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad(set_to_none=True)
+            steps = self._bar(f"fitting the head of {task}", range(self.args.head_steps), leave=False)
+            loss = heads.fit(head, objective, *found, self._optimizer.param_groups[0]["initial_lr"], steps)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"The loss of the head of task {task!r} is {loss.item()}. Check its data for NaN, use a model in "
                     "float32 (with `bf16=True`), or lower `learning_rate`."
                 )
             losses.append(loss.item())
+            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
             _set({parameter: broadcast(parameter.data) for parameter in parameters})  # rounded alike in all processes
         if losses:
             self._log({"step": 0, "head_loss": float(np.mean(losses))})
-
-    @torch.no_grad()
-    def _features(self, head, task, dataset):
-        """What a task's head gets, of shape (samples, features), and the expert's rows; (None, None) where it gets more
-        than one vector a sample, or its output is not that of the model."""
-        found, expert_rows = [], []
-        loader = DataLoader(
-            self._with_expert_rows(task, dataset, logits=False),
-            batch_size=self.args.per_device_eval_batch_size,
-            generator=torch.Generator(),  # or it would draw a random number
-            collate_fn=self._collator(task, labelled=False),
-            num_workers=self.args.dataloader_num_workers,
-        )
-        hook = head.register_forward_hook(lambda module, args, output: found.append((*args, output)))
-        try:
-            for batch in self._bar(f"features of {task}", loader, leave=False):
-                batch = send_to_device(batch, self.accelerator.device)
-                expert_rows.append(self._rows_of_expert(task, batch, logits=False))
-                del found[len(expert_rows) - 1 :]  # the expert's
-                compared = self._forward(task, batch).compared
-                axes = [getattr(value, "ndim", None) for value in found[-1]] if found else None
-                if len(found) != len(expert_rows) or axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
-                    return None, None
-        finally:
-            hook.remove()
-        dtype = next(head.parameters()).dtype
-        return torch.cat([features.to(dtype) for features, _ in found]), torch.cat(expert_rows)
 
     def _end_window(self) -> bool:
         """Logs the measures since the last entry. Goes back to the best state and returns True if a task collapsed."""
@@ -429,20 +290,20 @@ class TintTrainer:
         an unknown task, and for what is no tensor.
         """
         for name, value in batch.items():
-            if not isinstance(value, torch.Tensor) and (name not in LABELS or self._kind in BY_LABELS):
+            if not isinstance(value, torch.Tensor) and (name not in LABELS or self.rows.kind in BY_LABELS):
                 raise ValueError(
                     f"`batch[{name!r}]` is a {type(value).__name__}; it must be a tensor, as a data collator or a "
                     "tokenizer with `return_tensors='pt'` gives it. Leave out what the model does not take."
                 )
         if self._optimizer is None:
             self._prepare()
-        used = lambda name: self._kind in BY_LABELS or name not in LABELS  # noqa: E731
+        used = lambda name: self.rows.kind in BY_LABELS or name not in LABELS  # noqa: E731
         samples = {name: value.to(self.accelerator.device) for name, value in batch.items() if used(name)}
         progress, args = self._progress, self.args
         if progress.collapsed:
             self.model.set_task(task)
             with torch.no_grad():
-                return self._forward(task, samples).output.raw.float()
+                return self.rows.forward(task, samples).output.raw.float()
         logits = self._backward(task, samples, 1)
         self._update()
         progress.step += 1
@@ -500,16 +361,15 @@ class TintTrainer:
     def _backward(self, task, batch, share):
         """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
-        progress, objective = self._progress, self._objective(task)
-        needs_expert = objective.needs_expert or progress.guard is not None
-        expert_rows = self._rows_of_expert(task, batch, logits=False) if needs_expert else batch.get(EXPERT_ROWS)
+        progress = self._progress
+        needs_expert = self.rows.objectives[task].needs_expert or progress.guard is not None
+        expert_rows = self.rows.of_expert(task, batch) if needs_expert else batch.get(EXPERT_ROWS)
         start_rows = self._start_rows(task, batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
-            forward = self._forward(task, batch)
-        rows, problem = forward.compared, self._problem(task, forward.output)
-        objective = self._objective(task, problem)
+            output, rows = self.rows.forward(task, batch)
+        objective = self.rows.objective(task, output)
         if expert_rows is not None:
-            self._check_rows(task, rows, expert_rows)
+            self.rows.check(task, rows, expert_rows)
         rows, expert_rows = self._of_all_processes(rows), self._of_all_processes(expert_rows)
         loss = objective(rows, expert_rows, None)
         self.accelerator.backward(loss / share)
@@ -517,33 +377,14 @@ class TintTrainer:
         progress.window.add(task, loss=loss)
         if objective.kept is not None:
             progress.window.add(task, kept=objective.kept(rows, expert_rows).float().mean())
-        if expert_rows is not None and problem == "classes" and objective.compares != "features" and len(rows):
+        if expert_rows is not None and len(rows) and self.rows.compares_classes(task, output):
             predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
             progress.window.add(task, agreement=_share_equal(predicted, expected))
-            if self._kind != "span":  # whose classes are the tokens of a batch
+            if self.rows.kind != "span":  # whose classes are the tokens of a batch
                 progress.window.add_classes(task, predicted, expected, rows.shape[-1])
             if start_rows is not None:
                 progress.window.add(task, start_agreement=_share_equal(start_rows.argmax(-1), expected))
-        return forward.output.raw.detach().float()
-
-    def _objective(self, task, problem=None) -> Objective:
-        """That of a task, whose output may tell what its config does not."""
-        objective = self.objectives[task]
-        if problem == "number" and objective.compares in ("classes", "labels"):
-            return Objective(OBJECTIVES["feature_l1"].function)
-        return objective
-
-    def _compares_classes(self, task):
-        """Whether what the objective compares are scores of classes of which one is right."""
-        return self._problem(task) == "classes" and self.objectives[task].compares != "features"
-
-    def _check_rows(self, task, rows, expert_rows):
-        if rows.shape != expert_rows.shape and len(rows) + len(expert_rows) > 0:
-            raise ValueError(
-                f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
-                f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
-                "the same sizes each time; else set `expert_rows='online'`."
-            )
+        return output.raw.detach().float()
 
     @torch.no_grad()
     def _start_rows(self, task, batch):
@@ -553,7 +394,7 @@ class TintTrainer:
         try:
             for name, value in self._progress.guard.start.parameters.items():
                 parameters[name].data = value.to(now[name].device)
-            return self._of_all_processes(self._forward(task, batch).compared)
+            return self._of_all_processes(self.rows.forward(task, batch).compared)
         finally:
             for name, value in now.items():
                 parameters[name].data = value
@@ -596,146 +437,6 @@ class TintTrainer:
         self._optimizer.zero_grad(set_to_none=True)
         self._loss_since_update = 0.0
 
-    def _forward(self, task, batch, labelled=False) -> "_Forward":
-        """`labelled`: labels are read where they do not say what counts, too."""
-        if not (labelled or self._kind in BY_LABELS):
-            batch = {name: value for name, value in batch.items() if name not in LABELS}
-        features, hooks = [], []
-        if self.objectives[task].compares == "features" and self.model.head_layers:
-            head = self.model.head_layers[0]
-            hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
-        inputs = {name: value for name, value in batch.items() if name != EXPERT_ROWS}
-        try:
-            with torch.autocast(self.accelerator.device.type, self._autocast, self._autocast is not None):
-                result = self.model(**inputs_of(self._model, self._kind, inputs, task))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        output = read_output(result, self._model, self._kind, inputs, task)
-        return _Forward(output, output.take(_positions(features[0])) if features else output.rows())
-
-    @torch.no_grad()
-    def _rows_of_expert(self, task, batch, logits):
-        """Those that came with the batch, or of a forward of the expert; `logits`: not the features that an objective
-        compares."""
-        if EXPERT_ROWS in batch:
-            return batch[EXPERT_ROWS]
-        with self.model.expert(task):
-            forward = self._forward(task, batch, logits)
-        return forward.output.rows() if logits else forward.compared
-
-    # ---- data --------------------------------------------------------------------------------------------------------
-
-    def _batches(self, task, dataset, done):
-        """Batches without end, with the expert's rows that the objective compares, after the first `done` of them.
-
-        Seed and number of an epoch decide its order. The sampler skips what is done; workers, which have random states
-        of their own, have to load it again to come to the same place.
-        """
-        args, order, device = self.args, torch.Generator(), self.accelerator.device
-        samples = self._with_expert_rows(task, dataset, logits=False)
-        sampler = BatchSampler(RandomSampler(samples, generator=order), args.per_device_train_batch_size, False)
-        if self.accelerator.num_processes > 1:
-            sampler = BatchSamplerShard(sampler, self.accelerator.num_processes, self.accelerator.process_index)
-
-        def epochs():
-            first, skipped = divmod(done, len(sampler))
-            for epoch in count(first):
-                order.manual_seed(args.seed + epoch)
-                loader = DataLoader(
-                    samples,
-                    batch_sampler=sampler if args.dataloader_num_workers else SkipBatchSampler(sampler, skipped),
-                    generator=order,
-                    collate_fn=self._collator(task, labelled=False),
-                    num_workers=args.dataloader_num_workers,
-                    pin_memory=device.type == "cuda",  # or the GPU would be waited for at each batch
-                )
-                yield from islice(loader, skipped if args.dataloader_num_workers else 0, None)
-                skipped = 0
-
-        return (send_to_device(batch, device, non_blocking=True) for batch in epochs())
-
-    def _eval_loader(self, task, dataset):
-        """Batches of a task, with the expert's logits where they are cached."""
-        loader = DataLoader(
-            self._with_expert_rows(task, dataset, logits=True),
-            batch_size=self.args.per_device_eval_batch_size,
-            generator=torch.Generator().manual_seed(self.args.seed),  # or each evaluation would draw a random number
-            collate_fn=self._collator(task, labelled=True),
-            num_workers=self.args.dataloader_num_workers,
-        )
-        loader = self.accelerator.prepare(loader)
-        self.accelerator._dataloaders.remove(loader)  # or every evaluation would leave one there
-        return loader
-
-    def _with_expert_rows(self, task, dataset, logits):
-        """The dataset, with the expert's rows beside each sample where they are computed ahead."""
-        self.model.eval()
-        kind = "features" if self.objectives[task].compares == "features" and not logits else "logits"
-        memo = (self.model.active_adapter, task, kind, dataset._fingerprint)
-        config = self.model.peft_config[self.model.active_adapter]
-        # `datasets` caches on disk only what came from disk; an adapter may have taken another's name
-        if self._cached.get(memo, (None, None))[0] is not config:
-            collate = self._collator(task, labelled=logits)
-            rows = None
-            if self._is_cached(task, dataset, collate, logits):
-                rows = self._cache(task, dataset, collate, logits, kind)
-            self._cached[memo] = config, rows
-        rows = self._cached[memo][1]
-        return dataset if rows is None else WithExpertRows(dataset, rows)
-
-    def _cache(self, task, dataset, collate, logits, kind):
-        # processes that have the experts or the base in parts run them together, and keep what they find apart
-        sharded = self.model.peft_config[self.model.active_adapter].is_sharded
-        sharded |= any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
-        expert = uuid4().hex if sharded else self.model.expert_fingerprint(task)
-        key = [expert, kind, self.precision, Hasher.hash([collate.collate, collate.columns])]
-        size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
-        with self.model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
-            compute = partial(self._compute, task, collate, logits)
-            return cache_expert_rows(dataset, compute, key, size, description, not sharded)
-
-    @torch.no_grad()
-    def _compute(self, task, collate, logits, samples):
-        """The rows of each sample by what the model is now."""
-        batch = send_to_device(collate(samples), self.accelerator.device)
-        forward = self._forward(task, batch, logits)
-        rows = forward.output.rows() if logits else forward.compared
-        return rows.split(forward.output.numbers().tolist())
-
-    def _is_cached(self, task, dataset, collate, logits) -> bool:
-        """Whether the expert's rows are computed once ahead. They may be if a sample has the same input each time, and
-        the same rows whatever it is in a batch with."""
-        args = self.args
-        if args.expert_rows == "online":
-            return False
-        number = min(len(dataset), 8, args.per_device_eval_batch_size)
-        with kept_random_state():
-            samples, again = (dataset.__getitems__(list(range(number))) for _ in range(2))
-            first, second = collate(samples), collate(again)
-        if not _are_equal(first, second):
-            if args.expert_rows == "cache":
-                raise ValueError(
-                    f"Task {task!r}: collator or transforms draw at random, so the expert's outputs cannot be cached: "
-                    "the model would get other inputs than its expert did. Leave `expert_rows` out."
-                )
-            return False
-        if args.expert_rows == "cache":
-            return True
-        if self._kind == "span":  # whose classes are the tokens of a batch
-            return False
-        with self.model.expert(task):
-            together = self._compute(task, collate, logits, samples)
-            size = sum(rows.numel() for rows in together) * 4 / number * len(dataset)
-            if size > MOST_CACHED:
-                return False
-            sizes = [_size(collate([sample])) for sample in samples]
-            shortest = sizes.index(min(sizes))
-            if sizes[shortest] == max(sizes):
-                return True  # there is no padding
-            [by_itself] = self._compute(task, collate, logits, [samples[shortest]])
-            return _are_close(together[shortest], by_itself)
-
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -750,65 +451,21 @@ class TintTrainer:
         spans. `compute_metrics` takes their place. Positions labelled -100 do not count, nor do segmentation's
         `semantic_loss_ignore_index`. Raises ValueError for labels that cannot be compared with the output.
         """
-        datasets = self._check_datasets("eval_dataset", eval_dataset) or self.eval_dataset
+        datasets = _checked("eval_dataset", eval_dataset, self.model.tasks) or self.eval_dataset
         if not datasets:
             raise ValueError("`eval_dataset` is missing; give {task: Dataset}.")
-        before, results = self.model.task, {}
-        self.model.eval()
-        loaders = {task: self._eval_loader(task, dataset) for task, dataset in datasets.items()}
+        before, results, compute = self.model.task, {}, self.compute_metrics
+        compute = compute if isinstance(compute, dict) else dict.fromkeys(datasets, compute)
+        loaders = {task: self.batches.shared(task, dataset) for task, dataset in datasets.items()}
         batches = sum(map(len, loaders.values()))
         with self.model.reuse_merged_weights(), self._bar("evaluating", total=batches, leave=False) as bar:
-            for task, loader in loaders.items():
-                try:
-                    results[task] = self._evaluate(task, loader, bar)
-                finally:
-                    self.model.set_task(before)
+            try:
+                for task, loader in loaders.items():
+                    results[task] = evaluate(self.rows, task, loader, compute.get(task), bar)
+            finally:
+                self.model.set_task(before)
         names = dict.fromkeys(name for found in results.values() for name in found)
         return {**results, "mean": {n: float(np.mean([m[n] for m in results.values() if n in m])) for n in names}}
-
-    def _evaluate(self, task, loader, bar):
-        compute = self.compute_metrics
-        compute = compute.get(task) if isinstance(compute, dict) else compute
-        sums, kept, labelled = {}, [EvalLoopContainer(padding_index=IGNORED) for _ in range(3)], False
-        ignored = {IGNORED, getattr(getattr(self._model, "config", None), "semantic_loss_ignore_index", IGNORED)}
-        self.model.set_task(task)
-        for batch in loader:
-            expert_rows = self._rows_of_expert(task, batch, logits=True)
-            output = self._forward(task, batch, labelled=True).output
-            self._check_rows(task, output.rows(), expert_rows)
-            labels = [batch[name] for name in LABELS if name in batch]
-            labelled |= bool(labels)
-            if compute is not None and labels:
-                both = tuple(batch[name] for name in SPAN) if self._kind == "span" else labels[0]
-                for container, found in zip(kept, (output.raw.float(), output.fill(expert_rows), both), strict=True):
-                    found = tuple(found.unbind(1)) if self._kind == "span" and container is not kept[2] else found
-                    found = self.accelerator.pad_across_processes(found, dim=1, pad_index=IGNORED)
-                    container.add(self.accelerator.gather_for_metrics(found))
-                    container.to_cpu_and_numpy()
-                output = output._replace(labels=None)
-            try:
-                counted = count_metrics(self._problem(task, output), self._kind, output, expert_rows, tuple(ignored))
-            except ValueError as error:
-                raise ValueError(f"Task {task!r}: {error}.") from None
-            for name, values in self.accelerator.gather_for_metrics(counted).items():
-                sums[name] = sums.get(name, 0) + values.sum(0).double().cpu()
-            bar.update()
-        try:
-            found = metrics(sums)
-        except ValueError as error:
-            raise ValueError(f"Task {task!r}: {error}.") from None
-        if compute is not None and labelled:
-            rows, expert_rows, labels = (container.get_arrays() for container in kept)
-            ours, experts = (compute(EvalPrediction(values, labels)) for values in (rows, expert_rows))
-            for name, value in ours.items():
-                normalized = value / experts[name] if experts[name] else float("nan")
-                found |= {name: value, f"expert_{name}": experts[name], f"normalized_{name}": normalized}
-        elif labelled and "labelled" not in sums:
-            raise ValueError(
-                f"Task {task!r}: its labels cannot be compared with what a {type(self._model).__name__} gives; "
-                "give `compute_metrics`, or leave them out."
-            )
-        return found
 
     def _evaluate_state(self):
         """Evaluates and logs the present state, and keeps it if it is the best."""
@@ -854,7 +511,7 @@ class TintTrainer:
 
     def _for_card(self):
         steps = max((logs["step"] for logs in self.log_history), default=0)
-        settings = {"objective": self._objective_name(), "steps": steps}
+        settings = {"objective": self.rows.objective_names, "steps": steps}
         for name in ("update", "per_device_train_batch_size", "seed"):
             settings[name.replace("_", " ")] = getattr(self.args, name)
         settings["precision"] = self.precision
@@ -922,7 +579,7 @@ class TintTrainer:
         return {
             **{f"`{name}`": getattr(self.args, name) for name in names},
             **{f"`{name}` of the model": config[name] for name in DECISIVE_OF_MODEL},
-            "the objective": self._objective_name(),
+            "the objective": self.rows.objective_names,
             "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
             "the number of processes": self.accelerator.num_processes,
             "the precision": self.precision,
@@ -947,10 +604,6 @@ class TintTrainer:
         if "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def _objective_name(self):
-        names = {task: objective.__name__ for task, objective in self.objectives.items()}
-        return names.popitem()[1] if len({*names.values()}) == 1 else names
-
     # ---- beside ------------------------------------------------------------------------------------------------------
 
     def _is_quiet(self):
@@ -966,9 +619,21 @@ class TintTrainer:
             callback(self, logs)
 
 
-class _Forward(NamedTuple):
-    output: Output
-    compared: torch.Tensor  # the rows that the objective compares, of logits or of features
+def _checked(name, datasets, tasks):
+    if not isinstance(datasets, dict | None):
+        raise ValueError(f"`{name}` is a {type(datasets).__name__}; it must be {{task: Dataset}}.")
+    for task, dataset in (datasets or {}).items():
+        if task not in tasks:
+            known = ", ".join(map(repr, tasks))
+            raise ValueError(f"`{name}` has the task {task!r}, which the model does not have. Its tasks: {known}.")
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"`{name}[{task!r}]` is a {type(dataset).__name__}; it must be a `datasets.Dataset`. "
+                "For a stream, call `trainer.step(task, batch)`."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}[{task!r}]` is empty; leave the task out or give it samples.")
+    return datasets
 
 
 @dataclass
@@ -1017,30 +682,6 @@ def _checkpoint(layer, checkpoint, forward, *args):
             layer.training = before
 
     return checkpoint(forward_in_evaluation, *args)
-
-
-def _positions(features):
-    """Inputs of a head as (samples, positions, features)."""
-    if features.ndim == 4:
-        return features.flatten(2).transpose(1, 2)
-    return features[:, None] if features.ndim == 2 else features
-
-
-def _are_equal(batch, other):
-    def equal(one, two):
-        return torch.equal(one, two) if isinstance(one, torch.Tensor) else bool(np.all(one == two))
-
-    return batch.keys() == other.keys() and all(equal(value, other[name]) for name, value in batch.items())
-
-
-def _are_close(rows, others):
-    """Up to what lower precision and other sizes of matrices round differently."""
-    scale = others.abs().max().clamp(min=1e-6) if others.numel() else 1
-    return rows.shape == others.shape and bool(((rows - others).abs() <= 0.02 * scale).all())
-
-
-def _size(batch):
-    return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
 
 def _share_equal(ours, theirs):
