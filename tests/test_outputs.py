@@ -5,6 +5,7 @@ sample after the other, which knows no padding, by scikit-learn.
 """
 
 import copy
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 import peft_tint
 from peft_tint import OBJECTIVES, TintTrainer, TintTrainingArguments
+from peft_tint.training.metrics import ignored_by
 from peft_tint.training.objectives import Objective
 
 WORDS, LENGTHS = 60, (7, 3, 9, 5, 2, 8, 9, 4, 6, 3, 7, 5)
@@ -367,6 +369,66 @@ def test_spans_of_ones_own_metric(tmp_path):
     assert trainer.evaluate()["t"]["n"] == 24
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_language_model_on_whole_texts(name, side, tmp_path):
+    """Labels are the tokens, as of pretraining, and each but the first counts."""
+    model, expert, samples, data, *_ = make(name, side)
+    collate = T.DataCollatorForLanguageModeling(tokenizer(side), mlm=False)
+    data = {"t": data["t"].remove_columns("labels").add_column("label", [0] * len(samples))}  # a class, as in a suite
+    found = TintTrainer(model, arguments(tmp_path), eval_dataset=data, data_collator=collate).evaluate()["t"]
+    logits = torch.cat([alone(expert, sample).logits[0, :-1] for sample in samples])
+    wanted = language(logits, torch.tensor([token for sample in samples for token in sample["input_ids"][1:]]))
+    assert {metric: found[metric] for metric in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
+def test_packed_texts_do_not_see_each_other(tmp_path):
+    model, expert, samples, data, *_ = make("llama", "right")
+    data = {"t": data["t"].remove_columns(["labels", "attention_mask"])}
+    trainer = TintTrainer(model, arguments(tmp_path), eval_dataset=data, data_collator=T.DataCollatorWithFlattening())
+    found = trainer.evaluate()["t"]
+    logits = torch.cat([alone(expert, sample).logits[0, :-1] for sample in samples])
+    wanted = language(logits, torch.tensor([token for sample in samples for token in sample["input_ids"][1:]]))
+    assert {metric: found[metric] for metric in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("build", ["wav2vec2", "parakeet"])
+def test_padding_of_sounds_does_not_count(build, tmp_path):
+    """In frames, whose number is another than that of the input."""
+    if build == "wav2vec2":
+        base = of_class(T.Wav2Vec2ForAudioFrameClassification, T.Wav2Vec2Config, **wav2vec2)()
+        batch = padded_audio(audio(base, None)[:3])
+    else:
+        encoder = {"num_mel_bins": 16, "subsampling_conv_channels": 8, "conv_kernel_size": 3, **SMALL}
+        base = T.ParakeetForCTC(T.ParakeetCTCConfig(vocab_size=20, encoder_config=encoder)).eval()
+        mask = (torch.arange(64) < torch.tensor([64, 40, 24])[:, None]).long()
+        batch = {"input_features": torch.randn(3, 64, 16), "attention_mask": mask}
+    model = peft_tint.from_experts(base, make_experts(base, ["t"]), tint_layer=[]).eval()
+    with torch.no_grad():
+        output = TintTrainer(model, arguments(tmp_path)).rows.forward("t", batch).output
+    numbers = output.numbers()
+    assert numbers.max() == output.values.shape[1] and len(numbers.unique()) == 3
+    assert numbers.argsort().equal(batch["attention_mask"].sum(1).argsort())
+
+
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "spans", "tokens", "llama"])
+def test_features_count_where_there_is_no_padding(name, tmp_path):
+    """Also of heads that get more positions than they give."""
+    if name == "roberta":
+        base = of_class(T.RobertaForSequenceClassification, T.RobertaConfig, num_labels=3, **TEXT)()
+    else:
+        base = KINDS["one label by a decoder" if name == "gpt2" else name][0]()
+    if name == "llama":
+        pytest.skip("its head is no head of a task")
+    model = peft_tint.from_experts(base, make_experts(base, ["t"]), coefficient_init=0.3)
+    trainer = TintTrainer(
+        model, arguments(tmp_path), {"t": Dataset.from_list(texts())}, None, "feature_l1", processing_class=tokenizer()
+    )
+    trainer.train()
+    batch = T.DataCollatorWithPadding(tokenizer())(texts()[:4])
+    assert len(trainer.rows.forward("t", dict(batch)).compared.rows()) == sum(LENGTHS[:4])
+
+
 # ---- what is seen to be cached, and what not -------------------------------------------------------------------------
 
 
@@ -377,6 +439,18 @@ def test_what_is_computed_ahead(name, cached, tmp_path):
     before = torch.get_rng_state()
     assert (trainer.batches.with_expert_rows("t", data["t"], False) is not data["t"]) == cached
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_drawn_now_and_then_is_not_computed_ahead(tmp_path):
+    """Though it was the same twice."""
+    model, _, _, data, collate, _ = make("one label", "right")
+
+    def rarely(batch):
+        return {**batch, "input_ids": [row if torch.rand(()) < 1.0 else row[::-1] for row in batch["input_ids"]]}
+
+    data = data["t"].with_transform(rarely)
+    trainer = TintTrainer(model, arguments(tmp_path), {"t": data}, data_collator=collate)
+    assert trainer.batches.with_expert_rows("t", data, False) is data
 
 
 def test_what_is_large_or_depends_on_its_batch_is_not_computed_ahead(monkeypatch, tmp_path):
@@ -493,6 +567,9 @@ def test_features_of_encoders_without_a_head(side, tmp_path):
         ("one label", {"label": [1, 2]}, r"labels have the shape \(4, 2\) and the model's output \(4, 3\)"),
         ("several labels", {"labels": [0.0, 1.0, 2.0, 0.0]}, "the label 2.0 is neither 0 nor 1"),
         ("several labels", {"labels": 1}, "it has one labels a sample; give a 0 or 1 for each of its 4 classes"),
+        ("one label", {"label": None}, "'label' has None, of which no tensor can be made; remove or map it"),
+        ("one label", {"label": "good"}, "'label' has 'good', of which no tensor can be made; remove or map it"),
+        ("spans", {"start_positions": 40, "end_positions": 41}, "none of its labels counts"),
         ("frames", {"labels": [1, 2]}, "its labels cannot be compared with what a Wav2Vec2ForCTC gives"),
     ],
 )
@@ -505,6 +582,55 @@ def test_labels_that_cannot_be(name, change, message, tmp_path):
     trainer = TintTrainer(model, arguments(tmp_path), eval_dataset=data, data_collator=collate)
     with pytest.raises(ValueError, match=f"Task 't': {message}"):
         trainer.evaluate()
+
+
+def test_spans_that_are_not_in_the_text_do_not_count(tmp_path):
+    model, expert, samples, _, collate, score = make("spans", "right")
+    outside = [samples[0] | {"start_positions": -100, "end_positions": -100}, samples[1] | {"end_positions": 50}]
+    data = {"t": Dataset.from_list([*outside, *samples[2:]])}
+    found = TintTrainer(model, arguments(tmp_path), eval_dataset=data, data_collator=collate).evaluate()["t"]
+    wanted = score(expert, samples[2:])
+    assert {metric: found[metric] for metric in wanted} == pytest.approx(wanted)
+
+
+def test_one_class_alone(tmp_path):
+    """Yes or no, for a text and for each pixel; 255 is neither."""
+    settings = {"num_labels": 1, "problem_type": "multi_label_classification"}
+    base = of_class(T.BertForSequenceClassification, T.BertConfig, **settings, **TEXT)()
+    expert = make_experts(base, {"t": 1})["t"]
+    model = peft_tint.from_experts(copy.deepcopy(base), {"t": expert}, tint_layer=[], coefficient_init=1.0)
+    data = {"t": Dataset.from_list([sample | {"labels": [float(i % 2)]} for i, sample in enumerate(texts())])}
+    trainer = TintTrainer(model, arguments(tmp_path), data, data, processing_class=tokenizer())
+    trainer.train()
+    chosen = np.array([(alone(expert, sample).logits[0] > 0).tolist() for sample in texts()])
+    labels = np.array([[i % 2 == 1] for i in range(len(LENGTHS))])
+    assert trainer.rows.objectives["t"] is OBJECTIVES["bce"]
+    assert trainer.evaluate()["t"]["f1"] == pytest.approx(sklearn.f1_score(labels, chosen))
+
+    config = {**segformer, "num_labels": 1}
+    base = of_class(T.SegformerForSemanticSegmentation, T.SegformerConfig, decoder_hidden_size=16, **config)()
+    model = peft_tint.from_experts(copy.deepcopy(base), make_experts(base, {"t": 1}), tint_layer=[])
+    samples = [sample | {"labels": np.minimum(sample["labels"], 1).tolist()} for sample in images(base, None)]
+    for sample in samples:
+        sample["labels"][0] = [255] * 32
+    found = TintTrainer(model, arguments(tmp_path), eval_dataset={"t": Dataset.from_list(samples)}).evaluate()["t"]
+    assert {"f1", "subset_accuracy"} <= found.keys() and "mae" not in found
+
+
+def test_labels_of_pixels_that_do_not_count():
+    config = lambda **settings: types.SimpleNamespace(config=types.SimpleNamespace(**settings))  # noqa: E731
+    assert ignored_by(config(semantic_loss_ignore_index=7), 3) == [-100, 7]
+    assert ignored_by(config(loss_ignore_index=0), 3) == [-100, 0]
+    assert ignored_by(object(), 150) == [-100, 255] and ignored_by(object(), 300) == [-100]
+
+
+def test_a_task_without_an_objective_is_evaluated(tmp_path):
+    base = BERT()
+    model = peft_tint.from_experts(copy.deepcopy(base), make_experts(base, {"t": 3, "u": 3}))
+    data = {task: Dataset.from_list([sample | {"label": 1} for sample in texts()]) for task in "tu"}
+    objective = {"t": "entropy"}
+    trainer = TintTrainer(model, arguments(tmp_path), {"t": data["t"]}, data, objective, processing_class=tokenizer())
+    assert {"t", "u"} < trainer.evaluate().keys()
 
 
 def test_a_decoder_without_tokens(tmp_path):

@@ -211,6 +211,44 @@ def test_coefficients_are_labelled_and_settable(model):
     assert torch.equal(model.coefficients().values, wanted.clamp(0, 1))
 
 
+STEP = """
+import pickle, sys, torch
+with open(sys.argv[1], "rb") as file:
+    model = pickle.load(file)
+parameters = [p for name, p in model.named_parameters() if "tint_coefficients" in name]
+for parameter in parameters:
+    parameter.grad = -torch.ones_like(parameter)
+torch.optim.SGD(parameters, lr=9.0).step()
+print(model.coefficients().values.max().item())
+"""
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_any_optimizer_keeps_the_bounds(bert, optimizer, tmp_path):
+    """Of each adapter its own; of a copy, and of what is unpickled elsewhere; of no other model."""
+    base, experts = bert
+    model = get_peft_model(load(base), TintConfig(experts=experts, coefficient_bounds=[0.0, 1.0]))
+    model.add_adapter("b", TintConfig(experts=experts, coefficient_bounds=[0.0, 0.5]))
+    model.add_adapter("free", TintConfig(experts=experts, coefficient_bounds=None))
+    other = get_peft_model(load(base), TintConfig(experts=experts))
+    other.set_coefficients(3.0)
+    for one in (model, copy.deepcopy(model)):
+        parameters = [p.requires_grad_() for name, p in one.named_parameters() if "tint_coefficients" in name]
+        for parameter in parameters:
+            parameter.grad = -torch.ones_like(parameter)
+        optimizer(parameters, lr=9.0).step()
+        for adapter, low, high in (("default", 1, 1), ("b", 0.5, 0.5), ("free", 1.01, 99)):
+            one.set_adapter(adapter)
+            values = one.coefficients().values
+            assert (low <= values).all() and (values <= high).all()
+    assert (other.coefficients().values == 3).all()
+    if optimizer is torch.optim.SGD:
+        model.set_adapter("default")
+        (tmp_path / "model").write_bytes(pickle.dumps(model))
+        printed = run_to_end([sys.executable, "-W", "ignore", "-c", STEP, tmp_path / "model"])
+        assert float(printed) == 1
+
+
 @pytest.mark.parametrize("granularity, units", [("tensor", 39), ("module", 21), ("block", 4), ("model", 1)])
 def test_granularity_shares_coefficients(bert, tmp_path, granularity, units):
     base, experts = bert

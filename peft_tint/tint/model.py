@@ -67,10 +67,12 @@ def _watch_optimizers():
     """After a step of any optimizer, whoever's training it is of, coefficients are within their bounds."""
 
     def project(optimizer, args, kwargs):
-        moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        moved = None
         for model in list(_TRAINED):
-            if any(id(own) in moved for layer in model._all_merged for own in layer.tint_coefficients.values()):
-                model.project_coefficients()
+            for adapter in model._bounded_adapters():
+                moved = moved or {id(one) for group in optimizer.param_groups for one in group["params"]}
+                if not moved.isdisjoint(id(own[adapter]) for own in model._coefficients if adapter in own):
+                    model._project(adapter)
 
     register_optimizer_step_post_hook(project)
 
@@ -246,12 +248,20 @@ class TintModel(WrappingTuner):
         """Projects the coefficients onto `coefficient_bounds`, which each step of an optimizer over them does.
 
         A clamp in the forward would do the same to the weights, but leave a coefficient at its bound no gradient."""
-        coefficients = {layer.tint_coefficients[self._adapter]: None for layer in self._merged_layers()}
-        if self._active_config.coefficient_bounds is not None and coefficients:
+        if self._active_config.coefficient_bounds is not None:
+            self._project(self._adapter)
+
+    @torch.no_grad()
+    def _project(self, adapter):
+        coefficients = {own[adapter]: None for own in self._coefficients if adapter in own}
+        if coefficients:
             tensors = [values.to_local() if isinstance(values, DTensor) else values for values in coefficients]
-            low, high = self._active_config.coefficient_bounds
+            low, high = self.peft_config[adapter].coefficient_bounds
             torch._foreach_clamp_min_(tensors, low)
             torch._foreach_clamp_max_(tensors, high)
+
+    def _bounded_adapters(self):
+        return [name for name, config in self.peft_config.items() if getattr(config, "coefficient_bounds", None)]
 
     @contextmanager
     def expert(self, task: str):
@@ -649,6 +659,7 @@ class TintModel(WrappingTuner):
     def __setstate__(self, state):
         super().__setstate__(state)
         _TRAINED.add(self)
+        _watch_optimizers()
 
     def _cast_adapter_dtype(self, adapter_name, autocast_adapter_dtype=True):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

@@ -22,8 +22,8 @@ from transformers import (
 
 from .arguments import TintTrainingArguments
 from .data import Collator, WithExpertRows, cache_expert_rows
-from .outputs import BY_LABELS, LABELS
-from .resuming import kept_random_state
+from .outputs import BY_LABELS, LABELS, OF_LANGUAGE
+from .resuming import kept_random_state, random_state
 from .rows import Rows
 
 MOST_CACHED = 50e6  # bytes of an expert's rows of one dataset
@@ -38,10 +38,13 @@ class Batches:
         self._cached = {}  # what decides them -> (config of the adapter, the expert's rows or None)
 
     def _choose_collator(self, data_collator, processing_class):
-        """What makes a batch, and the columns that it gets, None for all."""
-        if data_collator is not None:
+        """What makes a batch, and the columns that it gets, None for all: a function of the user's may want others than
+        the model."""
+        if data_collator is not None and not type(data_collator).__module__.startswith("transformers."):
             return data_collator, None
         columns = {*inspect.signature(self.rows.base.forward).parameters} - {"args", "kwargs"}
+        if data_collator is not None:
+            return data_collator, columns
         if processing_class is None or not hasattr(processing_class, "pad"):
             return default_data_collator, columns
         if self.rows.kind == "seq2seq":
@@ -51,9 +54,11 @@ class Batches:
 
     def collator(self, task: str, labelled: bool) -> Collator:
         """`labelled`: with labels also where they do not say what counts."""
-        columns = self.columns
-        if columns is not None:
-            columns = columns | {*LABELS} if labelled or self.rows.kind in BY_LABELS else columns - {*LABELS}
+        columns, kind = self.columns, self.rows.kind
+        if columns is not None and kind in OF_LANGUAGE:
+            columns = columns - {*LABELS} | {"labels"}
+        elif columns is not None:
+            columns = columns | {*LABELS} if labelled or kind in BY_LABELS else columns - {*LABELS}
         return Collator(task, self.collate, columns)
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ class Batches:
     def with_expert_rows(self, task: str, dataset: Dataset, evaluating: bool):
         """The dataset, with the expert's rows beside each sample where they are computed ahead."""
         model = self.rows.model.eval()
-        kind = "features" if self.rows.objectives[task].compares == "features" and not evaluating else "logits"
+        kind = "features" if not evaluating and self.rows.objectives[task].compares == "features" else "logits"
         config, collate = model.peft_config[model.active_adapter], self.collator(task, labelled=evaluating)
         memo = (model.active_adapter, task, kind, evaluating, dataset._fingerprint)
         # `datasets` caches on disk only what came from disk; an adapter may have taken another's name
@@ -134,8 +139,8 @@ class Batches:
     def _compute(self, task, collate, evaluating, samples):
         """The rows of each sample by what the model is now."""
         batch = send_to_device(collate(samples), self.accelerator.device)
-        output, rows = self.rows.forward(task, batch, evaluating)
-        return rows.split(output.numbers().tolist())
+        compared = self.rows.forward(task, batch, evaluating).compared
+        return compared.rows().split(compared.numbers().tolist())
 
     def _are_ahead(self, task, dataset, collate, evaluating) -> bool:
         """Whether the expert's rows are computed ahead. They may be if a sample has the same input each time, and the
@@ -145,8 +150,10 @@ class Batches:
             return False
         number = min(len(dataset), 8, self.args.per_device_eval_batch_size)
         with kept_random_state():
+            before = random_state()
             samples, again = (dataset.__getitems__(list(range(number))) for _ in range(2))
-            is_drawn = not _are_equal(collate(samples), collate(again))
+            first, second = collate(samples), collate(again)
+            is_drawn = random_state() != before or not _are_equal(first, second)
         if is_drawn and wanted == "cache":
             raise ValueError(
                 f"Task {task!r}: collator or transforms draw at random, so the expert's outputs cannot be cached: the "
@@ -158,6 +165,8 @@ class Batches:
             return False
         with self.rows.model.expert(task):
             together = self._compute(task, collate, evaluating, samples)
+            if len(together) != number:  # packed into one
+                return False
             if sum(rows.numel() for rows in together) * 4 / number * len(dataset) > MOST_CACHED:
                 return False
             sizes = [_size(collate([sample])) for sample in samples]
@@ -172,7 +181,8 @@ def _are_equal(batch, other):
     def equal(one, two):
         return torch.equal(one, two) if isinstance(one, torch.Tensor) else bool(np.all(one == two))
 
-    return batch.keys() == other.keys() and all(equal(value, other[name]) for name, value in batch.items())
+    names = [name for name in batch if isinstance(batch[name], torch.Tensor | np.ndarray)]
+    return batch.keys() == other.keys() and all(equal(batch[name], other[name]) for name in names)
 
 
 def _size(batch):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
+from transformers import default_data_collator
 
 from .outputs import LABELS
 
@@ -17,7 +18,7 @@ COMMON = {"input_ids", "pixel_values", "input_values", "input_features"}
 class Collator:
     """Calls a data collator on samples of a task, and adds the experts' rows to what it returns.
 
-    With no collator of the user's, only the columns that the model's forward takes reach the default one.
+    `columns` are those that reach the collator, None for all.
     """
 
     def __init__(self, task: str, collate, columns: set[str] | None):
@@ -34,20 +35,29 @@ class Collator:
                 "by `dataset.map(lambda rows: tokenizer(rows[...]), batched=True)`, or give a `data_collator`."
             )
         try:
-            batch = {name: value for name, value in self.collate(kept).items() if value is not None}
+            batch = {name: value for name, value in dict(self.collate(kept)).items() if value is not None}
         except (ValueError, TypeError, RuntimeError) as error:
-            for name in kept[0]:
-                sizes = {np.shape(sample[name]) for sample in kept if name in sample}
-                if self.columns is not None and len(sizes) > 1:
-                    raise ValueError(
-                        f"Task {self.task!r}: {name!r} has samples of the shapes {min(sizes)} and {max(sizes)}. Give a "
-                        "tokenizer as `processing_class`, which pads them, or a `data_collator` that does."
-                    ) from error
-            raise
+            raise ValueError(self._reason(kept, error)) from error
         if rows:
             rows = [torch.as_tensor(row) for row in rows if len(row)]  # a sample of which nothing counts has none
             batch[EXPERT_ROWS] = torch.cat(rows) if rows else torch.zeros(0, 1)
         return batch
+
+    def _reason(self, samples, error):
+        for name in samples[0]:
+            values = [sample.get(name) for sample in samples]
+            for value in values:
+                if value is None or isinstance(value, str):
+                    return (
+                        f"Task {self.task!r}: {name!r} has {value!r}, of which no tensor can be made; remove or map it."
+                    )
+            sizes = {np.shape(value) for value in values}
+            if self.collate is default_data_collator and len(sizes) > 1:
+                return (
+                    f"Task {self.task!r}: {name!r} has samples of the shapes {min(sizes)} and {max(sizes)}. Give a "
+                    "tokenizer as `processing_class`, which pads them, or a `data_collator` that does."
+                )
+        return f"Task {self.task!r}: the collator fails on the columns {', '.join(map(repr, samples[0]))}: {error}"
 
 
 class WithExpertRows(torch.utils.data.Dataset):

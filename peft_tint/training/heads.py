@@ -21,7 +21,7 @@ def features_of(rows: Rows, head: nn.Module, task: str, loader):
             batch = send_to_device(batch, rows.accelerator.device)
             expert_rows.append(rows.of_expert(task, batch))
             del found[len(expert_rows) - 1 :]  # the expert's
-            compared = rows.forward(task, batch).compared
+            compared = rows.forward(task, batch).compared.rows()
             axes = [getattr(value, "ndim", None) for value in found[-1]] if found else None
             if len(found) != len(expert_rows) or axes != [2, 2] or not torch.equal(found[-1][1].float(), compared):
                 return None

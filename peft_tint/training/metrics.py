@@ -9,7 +9,7 @@ WHO = ("", "expert_")
 OF_LABELS = ("labelled", "label", "label_squared")  # which are the same for both
 
 
-def count(problem: str, kind: str | None, output: Output, rows, expert_rows, ignored=(IGNORED,)) -> dict:
+def count(problem: str, kind: str | None, output: Output, rows, expert_rows, model) -> dict:
     """{name: numbers of each sample, (samples,) or (samples, classes)}, from whose sums over all samples `metrics` are.
 
     `problem` is what a row is: "classes" of which one is right, "labels" that each is right or not, a "number", or
@@ -30,12 +30,12 @@ def count(problem: str, kind: str | None, output: Output, rows, expert_rows, ign
     if kind == "span":
         return found | _count_spans(output.labels, (rows, expert_rows))
     if output.raw.ndim == 4:
-        return found | _count_pixels(problem, output, expert_rows, ignored)
+        return found | _count_pixels(problem, output, expert_rows, model)
     labels = output.take(output.labels)
     if problem == "classes" and labels.shape == rows.shape:
         problem = "labels"
     for who, own in zip(WHO, (rows, expert_rows), strict=True):
-        for name, values in _COUNTS[problem](own, labels, ignored).items():
+        for name, values in _COUNTS[problem](own, labels).items():
             add(name if name in OF_LABELS else who + name, values)
         if problem == "classes" and kind in OF_LANGUAGE:
             add(who + "surprise", F.cross_entropy(own, labels.long(), reduction="none", ignore_index=IGNORED))
@@ -47,19 +47,20 @@ def _wide(values):
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
-def _count_classes(rows, labels, ignored):
+def _count_classes(rows, labels):
     labels = labels.long()
-    labelled = ~torch.isin(labels, torch.tensor(ignored, device=labels.device))
+    labelled = ~(labels == IGNORED)
     wrong = labelled & ((labels < 0) | (labels >= rows.shape[-1]))
     if wrong.any():
         raise ValueError(f"the label {labels[wrong][0].item()} is none of its {rows.shape[-1]} classes")
     return {"labelled": labelled, "right": labelled & (rows.argmax(-1) == labels)}
 
 
-def _count_labels(rows, labels, ignored):
-    if labels.shape != rows.shape:
+def _count_labels(rows, labels):
+    if labels.numel() != rows.numel():
         given = labels.shape[1] if labels.ndim > 1 else "one"
         raise ValueError(f"it has {given} labels a sample; give a 0 or 1 for each of its {rows.shape[1]} classes")
+    labels = labels.view_as(rows)
     wrong = (labels != 0) & (labels != 1)
     if wrong.any():
         raise ValueError(f"the label {labels[wrong][0].item()} is neither 0 nor 1, as several labels a sample are")
@@ -72,7 +73,7 @@ def _count_labels(rows, labels, ignored):
     }
 
 
-def _count_numbers(rows, labels, ignored):
+def _count_numbers(rows, labels):
     """Numbers that are not finite do not count, as those of a depth map where nothing was measured."""
     rows, labels = _wide(rows), _wide(labels).view_as(rows)
     labelled = labels.isfinite()
@@ -87,41 +88,66 @@ _COUNTS = {"classes": _count_classes, "labels": _count_labels, "number": _count_
 
 
 def _count_spans(labels, both_rows):
-    found = {"labelled": _wide(torch.ones(len(labels), device=labels.device))}
+    """A span that is not within the text does not count, as transformers' own loss has it."""
+    length = both_rows[0].shape[-1]
+    labelled = ((labels >= 0) & (labels < length)).all(1)
+    found = {"labelled": _wide(labelled)}
     for who, rows in zip(WHO, both_rows, strict=True):
         start, end = rows.view(len(labels), 2, -1).argmax(-1).to(labels.device).unbind(1)
         shared = (torch.minimum(end, labels[:, 1]) - torch.maximum(start, labels[:, 0]) + 1).clamp(min=0)
         both = (end - start + 1).clamp(min=0) + labels[:, 1] - labels[:, 0] + 1
         exact = (start == labels[:, 0]) & (end == labels[:, 1])
-        found |= {f"{who}exact": _wide(exact), f"{who}overlap": 2 * shared / _wide(both.clamp(min=1))}
+        found[f"{who}exact"] = _wide(exact & labelled)
+        found[f"{who}overlap"] = 2 * _wide(shared * labelled) / _wide(both.clamp(min=1))
     return found
 
 
-def _count_pixels(problem, output, expert_rows, ignored):
+def _count_pixels(problem, output, expert_rows, model):
     """Outputs are brought to the size of the labels, as the models' own losses do; one sample at a time, for they may
     be large."""
     raw, labels, found = output.raw, output.labels, []
     if labels.ndim == 4 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 3:
-        raise ValueError(f"labels have the shape {tuple(labels.shape)}; give one of each pixel")
+        raise ValueError(f"it has labels of the shape {tuple(labels.shape)}; give one of each pixel")
     expert = expert_rows.view(len(raw), *raw.shape[2:], raw.shape[1]).movedim(-1, 1)
-    classes = torch.arange(raw.shape[1], device=raw.device)
-    for maps in zip(raw.float(), expert, labels, strict=True):
-        sample, label = {}, maps[2].flatten()
-        for who, own in zip(WHO, maps[:2], strict=True):
-            if own.shape[1:] != maps[2].shape:
-                own = F.interpolate(own[None], size=maps[2].shape, mode="bilinear", align_corners=False)[0]
-            rows = own.flatten(1).t()
-            for name, values in _COUNTS[problem](rows, label, ignored).items():
-                sample[name if name in OF_LABELS else who + name] = _wide(values).sum()
+    ignored = torch.tensor(ignored_by(model, raw.shape[1]), device=labels.device)
+    is_yes_or_no = problem == "number" and not labels.is_floating_point()
+    for ours, theirs, label in zip(raw.float(), expert, labels, strict=True):
+        kept = ~torch.isin(label, ignored) if not label.is_floating_point() else label.isfinite()
+        sample, wanted = {}, label[kept]
+        for who, own in zip(WHO, (ours, theirs), strict=True):
+            if own.shape[1:] != label.shape:
+                own = F.interpolate(own[None], size=label.shape, mode="bilinear", align_corners=False)[0]
             if problem == "classes":
-                labelled = ~torch.isin(label, torch.tensor(ignored, device=label.device))
-                is_class, predicted = label[labelled, None] == classes, rows[labelled].argmax(-1)[:, None] == classes
-                sample[f"{who}intersection"] = _wide(is_class & predicted).sum(0)
-                sample[f"{who}union"] = _wide(is_class | predicted).sum(0)
+                counted = _count_regions(own.argmax(0)[kept], wanted, len(own))
+            else:
+                count_one, rows = _COUNTS["labels" if is_yes_or_no else problem], own.movedim(0, -1)[kept]
+                counted = count_one(rows, wanted.view(len(rows), -1))
+            for name, values in counted.items():
+                values = _wide(values)
+                sample[name if name in OF_LABELS else who + name] = values.sum() if problem != "classes" else values
         found.append(sample)
     return {name: torch.stack([sample[name] for sample in found]) for name in found[0]}
+
+
+def ignored_by(model, classes) -> list[int]:
+    """The labels of pixels that do not count."""
+    config, names = getattr(model, "config", None), ("semantic_loss_ignore_index", "loss_ignore_index")
+    found = [getattr(config, name) for name in names if hasattr(config, name)]
+    return [IGNORED, *(found or ([255] if classes <= 255 else []))]
+
+
+def _count_regions(predicted, labels, classes):
+    """Pixels by class, of which both, one and all are."""
+    labels = labels.long()
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        raise ValueError(f"the label {labels[wrong][0].item()} is none of its {classes} classes")
+    pairs = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    both = pairs.diagonal()
+    union = pairs.sum(0) + pairs.sum(1) - both
+    return {"labelled": pairs.sum(), "right": both.sum(), "intersection": both, "union": union}
 
 
 def metrics(sums: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -4,6 +4,7 @@ The trainer asks this wherever it compares a model with its expert or with label
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,21 @@ CLASSES |= {"span": _classes("QUESTION_ANSWERING"), "frames": _classes("CTC"), "
 CLASSES["features"] = {name for name in auto.MODEL_MAPPING_NAMES.values() if isinstance(name, str)}
 OF_LANGUAGE = ("causal", "seq2seq", "masked")
 BY_LABELS = (*OF_LANGUAGE, "tokens")  # where positions that are labelled -100 do not count
+# Decoders of which the loss takes labels as they are, one a token; those of the others are of the next token
+UNSHIFTED = {"XLNetLMHeadModel"} | {
+    f"{name}ForCausalLM"
+    for name in (
+        "Bart",
+        "Blenderbot",
+        "BlenderbotSmall",
+        "Marian",
+        "MBart",
+        "Pegasus",
+        "ProphetNet",
+        "TrOCR",
+        "Whisper",
+    )
+}
 # Positions of these are numbers in a table, counted from the first token, padding or not. Those of the models that have
 # a masked form, such as RoBERTa's, are their own affair.
 BY_POSITION = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
@@ -58,10 +74,13 @@ def inputs_of(model: torch.nn.Module, kind: str | None, batch: dict, task: str) 
                 f"made, or `decoder_input_ids`; the batch has {', '.join(map(repr, batch))}."
             )
         inputs["labels"] = batch["labels"]
+    takes = inspect.signature(model.forward).parameters
+    if kind in ("causal", "seq2seq") and "use_cache" in takes:
+        inputs.setdefault("use_cache", False)  # with which packed samples would see each other
     mask = inputs.get("attention_mask")
     by_position = getattr(getattr(model, "config", None), "model_type", None) in BY_POSITION
     if by_position and mask is not None and mask.ndim == 2 and not inputs.keys() & {"position_ids", "pixel_values"}:
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        if "position_ids" in takes:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return inputs
 
@@ -71,6 +90,11 @@ def output_of(result) -> torch.Tensor:
     encoder without a head is its hidden states."""
     if isinstance(result, torch.Tensor):
         return result
+    if not isinstance(result, Mapping):
+        raise ValueError(
+            f"The model gives a {type(result).__name__}; it must give a tensor, or a dict with logits: set "
+            "`config.return_dict = True`, or wrap it in a module of yours."
+        )
     if "start_logits" in result:  # question answering: two choices among the tokens
         return torch.stack([result["start_logits"], result["end_logits"]], 1)
     if "predicted_depth" in result:
@@ -124,12 +148,16 @@ class Output(NamedTuple):
 
 def read_output(result, model: torch.nn.Module, kind: str | None, batch: dict, task: str) -> Output:
     """The rows of what the forward of a batch gave. Raises ValueError where labels or mask do not fit."""
-    raw = output_of(result)
-    labels = next((batch[name] for name in LABELS if name in batch), None)
-    mask = batch.get("decoder_attention_mask" if kind == "seq2seq" else "attention_mask")
+    raw, mask = output_of(result), mask_of(model, kind, batch)
+    labels = None if kind == "features" else next((batch[name] for name in LABELS if name in batch), None)
+    if labels is not None and not isinstance(labels, torch.Tensor):
+        raise ValueError(
+            f"Task {task!r}: the collator gives labels as a {type(labels).__name__}; give a tensor, of one size for "
+            "all samples, or leave them out."
+        )
     if not isinstance(result, torch.Tensor) and "start_logits" in result:
         if mask is not None:
-            raw = raw.masked_fill(~mask.bool()[:, None], torch.finfo(raw.dtype).min)
+            raw = raw.masked_fill(~mask.bool()[:, None], -1e4)  # -inf in any precision, and times zero still zero
         spans = (
             torch.stack([batch[name].flatten() for name in SPAN], 1) if all(name in batch for name in SPAN) else None
         )
@@ -147,33 +175,50 @@ def read_output(result, model: torch.nn.Module, kind: str | None, batch: dict, t
             f"Task {task!r}: the model gives a tensor of shape {tuple(raw.shape)}; it must be (samples, classes), "
             "(samples, tokens, classes) or (samples, classes, height, width). Wrap it in a module of yours."
         )
+    counts = _tokens_that_count(mask, raw, model, task)
     if kind == "frames":  # labels are shorter than the frames; only a metric of the user's can compare them
-        reduce = getattr(model, "_get_feature_vector_attention_mask", None)
-        return Output(raw, raw, None if mask is None or reduce is None else reduce(raw.shape[1], mask).bool())
-    return _of_tokens(raw, mask, labels, model, kind, task)
+        return Output(raw, raw, counts)
+    return _of_tokens(raw, counts, labels, model, kind, task)
 
 
-def _of_tokens(raw, mask, labels, model, kind, task):
-    shape = raw.shape[:2]
-    if mask is not None and mask.shape != shape:
-        if kind in BY_LABELS:
-            raise ValueError(
-                f"Task {task!r}: the output has {shape[1]} tokens a sample, and the mask has the shape "
-                f"{tuple(mask.shape)}, so it does not say which of them are padding."
-            )
-        mask = None
-    counts = None if mask is None else mask.bool()
-    if labels is not None:
-        _check(labels.shape == shape, task, labels, raw, "one of each token")
-        if kind == "causal":  # the output at a token is about the next one
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            counts = None if counts is None else F.pad(counts[:, 1:], (0, 1), value=False)
-        if kind in BY_LABELS:
-            labelled = labels != IGNORED
-            pad, end = (getattr(getattr(model, "config", None), f"{name}_token_id", None) for name in ("pad", "eos"))
-            if kind == "seq2seq" and pad is not None and pad != end:
-                labelled &= labels != pad
-            counts = labelled if counts is None else counts & labelled
+def mask_of(model, kind: str | None, batch: dict) -> torch.Tensor | None:
+    """Which tokens of the output's side are no padding."""
+    decodes = kind == "seq2seq" or (kind == "features" and getattr(model.config, "is_encoder_decoder", False))
+    return batch.get("decoder_attention_mask" if decodes else "attention_mask")
+
+
+def _tokens_that_count(mask, raw, model, task):
+    """The mask of the input as one of the output, which of sounds is shorter."""
+    if mask is None or mask.shape == raw.shape[:2]:
+        return None if mask is None else mask.bool()
+    if hasattr(model, "_get_feature_vector_attention_mask"):
+        return model._get_feature_vector_attention_mask(raw.shape[1], mask).bool()
+    for name in ("_get_subsampling_output_length", "_get_feat_extract_output_lengths"):
+        if hasattr(model, name):
+            lengths = getattr(model, name)(mask.sum(-1))
+            return torch.arange(raw.shape[1], device=mask.device) < lengths[:, None]
+    if mask.all():
+        return None
+    raise ValueError(
+        f"Task {task!r}: the output has {raw.shape[1]} positions a sample, and the mask has the shape "
+        f"{tuple(mask.shape)}, so it does not say which of them are padding. Give batches without padding, or wrap the "
+        "model in a module of yours that gives what counts."
+    )
+
+
+def _of_tokens(raw, counts, labels, model, kind, task):
+    if labels is None:
+        return Output(raw, raw, counts)
+    _check(labels.shape == raw.shape[:2], task, labels, raw, "one of each token")
+    if kind == "causal" and type(model).__name__ not in UNSHIFTED:  # the output at a token is about the next one
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        counts = None if counts is None else F.pad(counts[:, :-1] & counts[:, 1:], (0, 1), value=False)
+    if kind in BY_LABELS:
+        labelled = labels != IGNORED
+        pad, end = (getattr(getattr(model, "config", None), f"{name}_token_id", None) for name in ("pad", "eos"))
+        if kind == "seq2seq" and pad is not None and pad != end:
+            labelled &= labels != pad
+        counts = labelled if counts is None else counts & labelled
     return Output(raw, raw, counts, labels)
 
 

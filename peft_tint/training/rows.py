@@ -8,12 +8,12 @@ from torch import nn
 
 from .data import EXPERT_ROWS
 from .objectives import OBJECTIVES, Objective
-from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, Output, inputs_of, kind_of, read_output
+from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, Output, inputs_of, kind_of, mask_of, read_output
 
 
 class Forward(NamedTuple):
     output: Output
-    compared: torch.Tensor  # rows of it, or of the features that the objective compares
+    compared: Output  # the same, or the features that the objective compares
 
 
 class Rows:
@@ -89,9 +89,11 @@ class Rows:
         labels = self.model.task_labels(task)
         known = labels.get("problem_type") if self.kind not in (*OF_LANGUAGE, "tokens", "span", "frames") else None
         single = not known and len(labels.get("id2label") or "ab") == 1 and self.kind is None
+        if known == "multi_label_classification":
+            return "labels"
         if known == "regression" or single or (output is not None and output.values.shape[-1] == 1):
             return "number"
-        return "labels" if known == "multi_label_classification" else "classes"
+        return "classes"
 
     def objective(self, task: str, output: Output | None = None) -> Objective:
         """That of a task, whose output may tell what its config does not."""
@@ -118,7 +120,7 @@ class Rows:
         if not (evaluating or self.kind in BY_LABELS):
             inputs = {name: value for name, value in inputs.items() if name not in LABELS}
         features, hooks = [], []
-        if self.objectives[task].compares == "features" and self.model.head_layers and not evaluating:
+        if not evaluating and self.objectives[task].compares == "features" and self.model.head_layers:
             head = self.model.head_layers[0]
             hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
         try:
@@ -128,7 +130,14 @@ class Rows:
             for hook in hooks:
                 hook.remove()
         output = read_output(result, self.base, self.kind, inputs, task)
-        return Forward(output, output.take(_positions(features[0])) if features else output.rows())
+        return Forward(output, self._features(features[0], output, inputs) if features else output)
+
+    def _features(self, features, output, inputs):
+        """Those of the positions that count, of which the head may have got others than it gives."""
+        values, mask = _positions(features), mask_of(self.base, self.kind, inputs)
+        if values.shape[:2] == output.values.shape[:2]:
+            return Output(values, values, output.counts)
+        return Output(values, values, mask.bool() if mask is not None and mask.shape == values.shape[:2] else None)
 
     @torch.no_grad()
     def of_expert(self, task: str, batch: dict, evaluating: bool = False) -> torch.Tensor:
@@ -136,7 +145,7 @@ class Rows:
         if EXPERT_ROWS in batch:
             return batch[EXPERT_ROWS]
         with self.model.expert(task):
-            return self.forward(task, batch, evaluating).compared
+            return self.forward(task, batch, evaluating).compared.rows()
 
     def check(self, task: str, rows: torch.Tensor, expert_rows: torch.Tensor) -> None:
         if rows.shape != expert_rows.shape and len(rows) + len(expert_rows) > 0:

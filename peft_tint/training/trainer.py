@@ -48,7 +48,8 @@ class TintTrainer:
     """Test-time training of a TINT model (Model Tinting, https://arxiv.org/abs/2412.19098), driven by Accelerate.
 
     The model stays in evaluation mode throughout, so dropout is off and running statistics stand still. The experts'
-    outputs are computed once, before the first update. Labels in the training data are not used.
+    outputs are computed once, before the first update, or beside the model's (`expert_rows`). Of labels in the training
+    data nothing is used but where they are -100, and what a decoder's tokens are made of.
 
     Under several processes (`accelerate launch`) the loss is that of the processes' batches taken as one, so it is the
     same training as in one process with as large a batch. The end of an epoch is filled up with samples from its start.
@@ -146,9 +147,9 @@ class TintTrainer:
         """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time.
 
         From a checkpoint (a folder, or True for the last in `output_dir`) training goes on to bitwise the result that
-        it would have had without a stop, on the same machine. Processes read it from one disk. Raises ValueError where
-        there is none or it is not whole, and where model, objective, arguments or the sizes of the data differ from
-        those that it is of.
+        it would have had without a stop, on the same machine, unless the collator draws by a generator of its own.
+        Processes read it from one disk. Raises ValueError where there is none or it is not whole, and where model,
+        objective, arguments or the sizes of the data differ from those that it is of.
         """
         if not self.train_dataset:
             raise ValueError("`train_dataset` is missing; give {task: unlabelled Dataset}.")
@@ -366,7 +367,8 @@ class TintTrainer:
         expert_rows = self.rows.of_expert(task, batch) if needs_expert else batch.get(EXPERT_ROWS)
         start_rows = self._start_rows(task, batch) if progress.guard is not None else None
         with _checkpointing(self._checkpointed):
-            output, rows = self.rows.forward(task, batch)
+            output, compared = self.rows.forward(task, batch)
+        rows = compared.rows()
         objective = self.rows.objective(task, output)
         if expert_rows is not None:
             self.rows.check(task, rows, expert_rows)
@@ -394,7 +396,7 @@ class TintTrainer:
         try:
             for name, value in self._progress.guard.start.parameters.items():
                 parameters[name].data = value.to(now[name].device)
-            return self._of_all_processes(self.rows.forward(task, batch).compared)
+            return self._of_all_processes(self.rows.forward(task, batch).compared.rows())
         finally:
             for name, value in now.items():
                 parameters[name].data = value
