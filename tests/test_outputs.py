@@ -305,6 +305,24 @@ def test_a_model_that_is_the_expert(name, side, expert_rows, tmp_path):
         assert {metric: found[metric] for metric in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_logits_of_no_other_tokens_than_those_that_count(name, side, tmp_path):
+    """A language model's are most of its memory; where one answer counts, its prompts have none."""
+    model, _, samples, _, collate, _ = make(name, side)
+    for sample in samples:  # one token of each counts, in one column of a batch
+        at = len(sample["labels"]) - 1 if side == "left" else 1
+        sample["labels"] = [label if i == at else -100 for i, label in enumerate(sample["input_ids"])]
+    data, widths = {"t": Dataset.from_list(samples)}, []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    trainer = TintTrainer(model, arguments(tmp_path), data, data, data_collator=collate)
+    trainer.train()
+    found = trainer.evaluate()["t"]
+    assert {*widths} == {1} and found["agreement"] == 1
+    trainer.compute_metrics = lambda prediction: {"tokens": prediction.predictions.shape[1]}
+    assert trainer.evaluate()["t"]["tokens"] == max(LENGTHS)  # a metric of the user's gets all
+
+
 @pytest.mark.parametrize("name, side", SIDES)
 def test_the_loss_is_that_of_the_rows_that_count(name, side, tmp_path):
     """Of one batch of all samples, against the objective on samples alone."""

@@ -22,7 +22,7 @@ from transformers import (
 
 from .arguments import TintTrainingArguments
 from .data import Collator, WithExpertRows, cache_expert_rows
-from .outputs import BY_LABELS, LABELS, OF_LANGUAGE
+from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, UNSHIFTED
 from .resuming import kept_random_state, random_state
 from .rows import Rows
 
@@ -35,6 +35,8 @@ class Batches:
     def __init__(self, rows: Rows, args: TintTrainingArguments, data_collator, processing_class, precision: str):
         self.rows, self.args, self.accelerator, self.precision = rows, args, rows.accelerator, precision
         self.collate, self.columns = self._choose_collator(data_collator, processing_class)
+        is_shifted = type(rows.base).__name__ not in UNSHIFTED
+        self.keeps = rows.kind == "causal" and is_shifted and "logits_to_keep" in _parameters(rows.base)
         self._cached = {}  # what decides them -> (config of the adapter, the expert's rows or None)
 
     def _choose_collator(self, data_collator, processing_class):
@@ -42,7 +44,7 @@ class Batches:
         the model."""
         if data_collator is not None and not type(data_collator).__module__.startswith("transformers."):
             return data_collator, None
-        columns = {*inspect.signature(self.rows.base.forward).parameters} - {"args", "kwargs"}
+        columns = {*_parameters(self.rows.base)} - {"args", "kwargs"}
         if data_collator is not None:
             return data_collator, columns
         if processing_class is None or not hasattr(processing_class, "pad"):
@@ -52,14 +54,15 @@ class Batches:
         pads = DataCollatorForTokenClassification if self.rows.kind in BY_LABELS else DataCollatorWithPadding
         return pads(processing_class), columns
 
-    def collator(self, task: str, labelled: bool) -> Collator:
-        """`labelled`: with labels also where they do not say what counts."""
+    def collator(self, task: str, labelled: bool, keeps: bool = True) -> Collator:
+        """`labelled`: with labels also where they do not say what counts; `keeps`: with logits of no other tokens than
+        those that count, where the model can."""
         columns, kind = self.columns, self.rows.kind
         if columns is not None and kind in OF_LANGUAGE:
             columns = columns - {*LABELS} | {"labels"}
         elif columns is not None:
             columns = columns | {*LABELS} if labelled or kind in BY_LABELS else columns - {*LABELS}
-        return Collator(task, self.collate, columns)
+        return Collator(task, self.collate, columns, keeps and self.keeps)
 
     # ---- loaders -----------------------------------------------------------------------------------------------------
 
@@ -92,19 +95,19 @@ class Batches:
 
         return (send_to_device(batch, device, non_blocking=True) for batch in epochs())
 
-    def once(self, task: str, dataset: Dataset, evaluating: bool) -> DataLoader:
+    def once(self, task: str, dataset: Dataset, evaluating: bool, keeps: bool = True) -> DataLoader:
         """All of it in its order, with labels to evaluate by or without."""
         return DataLoader(
             self.with_expert_rows(task, dataset, evaluating),
             batch_size=self.args.per_device_eval_batch_size,
             generator=torch.Generator().manual_seed(self.args.seed),  # or it would draw a random number
-            collate_fn=self.collator(task, labelled=evaluating),
+            collate_fn=self.collator(task, evaluating, keeps),
             num_workers=self.args.dataloader_num_workers,
         )
 
-    def shared(self, task: str, dataset: Dataset) -> DataLoader:
+    def shared(self, task: str, dataset: Dataset, keeps: bool) -> DataLoader:
         """`once` to evaluate by, in which each process has its part."""
-        loader = self.accelerator.prepare(self.once(task, dataset, evaluating=True))
+        loader = self.accelerator.prepare(self.once(task, dataset, True, keeps))
         self.accelerator._dataloaders.remove(loader)  # or every evaluation would leave one there
         return loader
 
@@ -175,6 +178,10 @@ class Batches:
                 return True  # there is no padding
             [by_itself] = self._compute(task, collate, evaluating, [samples[shortest]])
             return _are_close(together[shortest], by_itself)
+
+
+def _parameters(model):
+    return inspect.signature(model.forward).parameters
 
 
 def _are_equal(batch, other):

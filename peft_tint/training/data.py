@@ -9,7 +9,7 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from transformers import default_data_collator
 
-from .outputs import LABELS
+from .outputs import IGNORED, LABELS
 
 EXPERT_ROWS = "expert_rows"
 COMMON = {"input_ids", "pixel_values", "input_values", "input_features"}
@@ -18,11 +18,12 @@ COMMON = {"input_ids", "pixel_values", "input_values", "input_features"}
 class Collator:
     """Calls a data collator on samples of a task, and adds the experts' rows to what it returns.
 
-    `columns` are those that reach the collator, None for all.
+    `columns` are those that reach the collator, None for all. With `keeps`, a causal language model computes the logits
+    at no other tokens than those that some sample has a label for (`logits_to_keep`).
     """
 
-    def __init__(self, task: str, collate, columns: set[str] | None):
-        self.task, self.collate, self.columns = task, collate, columns
+    def __init__(self, task: str, collate, columns: set[str] | None, keeps: bool = False):
+        self.task, self.collate, self.columns, self.keeps = task, collate, columns, keeps
 
     def __call__(self, samples: list[dict]) -> dict:
         rows = [sample[EXPERT_ROWS] for sample in samples if EXPERT_ROWS in sample]
@@ -38,6 +39,8 @@ class Collator:
             batch = {name: value for name, value in dict(self.collate(kept)).items() if value is not None}
         except (ValueError, TypeError, RuntimeError) as error:
             raise ValueError(self._reason(kept, error)) from error
+        if self.keeps and isinstance(batch.get("labels"), torch.Tensor) and batch["labels"].ndim == 2:
+            batch.setdefault("logits_to_keep", (batch["labels"][:, 1:] != IGNORED).any(0).nonzero().flatten())
         if rows:
             rows = [torch.as_tensor(row) for row in rows if len(row)]  # a sample of which nothing counts has none
             batch[EXPERT_ROWS] = torch.cat(rows) if rows else torch.zeros(0, 1)

@@ -175,10 +175,20 @@ def read_output(result, model: torch.nn.Module, kind: str | None, batch: dict, t
             f"Task {task!r}: the model gives a tensor of shape {tuple(raw.shape)}; it must be (samples, classes), "
             "(samples, tokens, classes) or (samples, classes, height, width). Wrap it in a module of yours."
         )
+    if kind == "causal":
+        return _of_next_tokens(raw, mask, labels, batch.get("logits_to_keep"), model, task)
     counts = _tokens_that_count(mask, raw, model, task)
     if kind == "frames":  # labels are shorter than the frames; only a metric of the user's can compare them
         return Output(raw, raw, counts)
-    return _of_tokens(raw, counts, labels, model, kind, task)
+    if labels is not None:
+        _check(labels.shape == raw.shape[:2], task, labels, raw, "one of each token")
+        if kind in BY_LABELS:
+            labelled = labels != IGNORED
+            pad, end = (getattr(getattr(model, "config", None), f"{name}_token_id", None) for name in ("pad", "eos"))
+            if kind == "seq2seq" and pad is not None and pad != end:
+                labelled &= labels != pad
+            counts = labelled if counts is None else counts & labelled
+    return Output(raw, raw, counts, labels)
 
 
 def mask_of(model, kind: str | None, batch: dict) -> torch.Tensor | None:
@@ -206,19 +216,21 @@ def _tokens_that_count(mask, raw, model, task):
     )
 
 
-def _of_tokens(raw, counts, labels, model, kind, task):
-    if labels is None:
-        return Output(raw, raw, counts)
-    _check(labels.shape == raw.shape[:2], task, labels, raw, "one of each token")
-    if kind == "causal" and type(model).__name__ not in UNSHIFTED:  # the output at a token is about the next one
-        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        counts = None if counts is None else F.pad(counts[:, :-1] & counts[:, 1:], (0, 1), value=False)
-    if kind in BY_LABELS:
+def _of_next_tokens(raw, mask, labels, kept, model, task):
+    """`kept`, as transformers' `logits_to_keep`: which tokens the output is of, or the number of the last that it is
+    of, None for all; labels and mask are of all."""
+    full = next((given for given in (labels, mask) if kept is not None and given is not None), raw)
+    counts = _tokens_that_count(mask, full, model, task)
+    if labels is not None:
+        _check(labels.shape == full.shape[:2], task, labels, full, "one of each token")
+        if type(model).__name__ not in UNSHIFTED:  # the output at a token is about the next one
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            counts = None if counts is None else F.pad(counts[:, :-1] & counts[:, 1:], (0, 1), value=False)
         labelled = labels != IGNORED
-        pad, end = (getattr(getattr(model, "config", None), f"{name}_token_id", None) for name in ("pad", "eos"))
-        if kind == "seq2seq" and pad is not None and pad != end:
-            labelled &= labels != pad
         counts = labelled if counts is None else counts & labelled
+    if kept is not None:
+        kept = slice(-kept, None) if isinstance(kept, int) else kept
+        labels, counts = (None if values is None else values[:, kept] for values in (labels, counts))
     return Output(raw, raw, counts, labels)
 
 

@@ -458,7 +458,8 @@ class TintTrainer:
             raise ValueError("`eval_dataset` is missing; give {task: Dataset}.")
         before, results, compute = self.model.task, {}, self.compute_metrics
         compute = compute if isinstance(compute, dict) else dict.fromkeys(datasets, compute)
-        loaders = {task: self.batches.shared(task, dataset) for task, dataset in datasets.items()}
+        # a metric of the user's gets the logits of all tokens
+        loaders = {task: self.batches.shared(task, data, compute.get(task) is None) for task, data in datasets.items()}
         batches = sum(map(len, loaders.values()))
         with self.model.reuse_merged_weights(), self._bar("evaluating", total=batches, leave=False) as bar:
             try:
