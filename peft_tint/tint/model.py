@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
 from .._card import TINT_FOLDER, save_card
-from .._structure import find_head, is_target, is_under, join, named_tensors, plain_modules, unit_name
+from .._structure import find_final_norm, find_head, is_target, is_under, join, named_tensors, plain_modules, unit_name
 from .._wrapped_layer import (
     Calls,
     WrappingTuner,
@@ -205,6 +205,13 @@ class TintModel(WrappingTuner):
     def head_layers(self) -> list[TintLayer]:
         """The layers that make the head, in the model's order; they run on the backbone's features."""
         return [self.model._modules[name] for name in find_head(self.model, dict(plain_modules(self.model)))]
+
+    @property
+    def final_norms(self) -> list[TintLayer]:
+        """The tint layer that is the norm between a language model's decoder and its output embeddings, if it is."""
+        modules = dict(plain_modules(self.model))
+        norms = [modules[name] for name in find_final_norm(self.model, modules)]
+        return [layer for layer in self.tint_layers if layer.original_module in norms]
 
     def coefficients(self) -> Coefficients:
         """A copy of the coefficients. A unit is a tensor, a module, a block or the whole model (`granularity`).

@@ -36,7 +36,11 @@ class TintTrainingArguments:
         metadata={"help": "'sequential': one update per task; 'joint': one update on the sum over tasks."},
     )
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Adam's learning rate; None: 3e-3 where the tint layer is the head, else 1e-3."}
+        default=None,
+        metadata={
+            "help": "Adam's learning rate; None: 3e-3 where the tint layer is the head; where it is a decoder's final "
+            "norm 5e-2, and 1e-2 of the coefficients; else 1e-3."
+        },
     )
     coefficient_learning_rate: float | None = field(
         default=None, metadata={"help": "The coefficients' own; None: `learning_rate`, which is the tint layers'."}

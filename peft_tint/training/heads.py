@@ -9,7 +9,6 @@ from accelerate.utils import send_to_device
 from torch import nn
 from transformers import get_scheduler
 
-from .._structure import find_final_norm, plain_modules
 from .objectives import Objective
 from .outputs import are_close
 from .rows import Rows
@@ -21,14 +20,11 @@ MOST_LOGITS = 2**20  # numbers, in one step of fitting
 
 def last_layer(rows: Rows):
     """The tint layer that the output is made by, and what comes after it; None where another layer makes it."""
-    tint_layers = rows.model.tint_layers
-    heads = [layer for layer in rows.model.head_layers if layer in tint_layers]
+    model = rows.model
+    heads = [layer for layer in model.head_layers if layer in model.tint_layers]
     if heads:
         return heads[-1], nn.Identity()
-    for name in find_final_norm(rows.base, dict(plain_modules(rows.base))):
-        if rows.base.get_submodule(name) in tint_layers:
-            return rows.base.get_submodule(name), rows.base.get_output_embeddings()
-    return None
+    return (model.final_norms[-1], rows.base.get_output_embeddings()) if model.final_norms else None
 
 
 @torch.no_grad()
@@ -76,15 +72,17 @@ def fit(rows: Rows, layer, rest, task: str, objective: Objective, features, expe
     that falls to zero; `steps` is an iterable of known length. Returns the loss of the last step."""
     module = layer.modules_to_save[layer.active_adapters[0]].current
     own = copy.deepcopy(module).float()  # Adam's steps are smaller than what 16 bits resolve
+    if not len(features):
+        return features.new_zeros(())
     optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], learning_rate)
     scheduler = get_scheduler("cosine", optimizer, 0, len(steps))
-    device, classes = features.device, len(rest(layer(features[:1])).flatten())
-    size = max(MOST_LOGITS // classes, 1)
+    with torch.no_grad():
+        size = max(MOST_LOGITS // rest(layer(features[:1])).numel(), 1)
     with _frozen(rest):
         for _ in steps:
             index = slice(None)
             if size < len(features):
-                index = torch.randint(len(features), (size,)).to(device)
+                index = torch.randint(len(features), (size,)).to(features.device)
             given = own(features[index].float()).to(features.dtype)
             with rows.autocasting():
                 logits = rest(given)

@@ -33,11 +33,8 @@ class Updates:
             )
         self.share()
         self.masters = {name: p.detach().float() for name, p in parameters.items() if p.itemsize < 4}
-        self.rate, layers = args.learning_rate, model.tint_layers  # of the tint layers
-        if self.rate is None:
-            self.rate = 3e-3 if layers and all(layer in model.head_layers for layer in layers) else 1e-3
-        own = args.coefficient_learning_rate
-        rates = self.rate if own is None else own, self.rate
+        rates = self._rates(args)
+        self.rate = rates[1]
         groups = [
             # the second is what a scheduler goes on by
             {"params": [self.masters.get(name, parameters[name]) for name in names], "lr": rate, "initial_lr": rate}
@@ -50,6 +47,19 @@ class Updates:
         self.optimizer = accelerator.prepare_optimizer(
             torch.optim.Adam(groups, betas=betas, eps=args.adam_epsilon, fused=True)
         )
+
+    def _rates(self, args):
+        """Of the coefficients, and of the tint layers."""
+        model, rates = self.model, (1e-3, 1e-3)
+        if layers := model.tint_layers:
+            if all(layer in model.head_layers for layer in layers):
+                rates = 3e-3, 3e-3
+            elif all(layer in model.final_norms for layer in layers):
+                rates = 1e-2, 5e-2
+        given = args.learning_rate, args.learning_rate
+        if args.coefficient_learning_rate is not None:
+            given = args.coefficient_learning_rate, args.learning_rate
+        return [rate if own is None else own for rate, own in zip(rates, given, strict=True)]
 
     # ---- parameters --------------------------------------------------------------------------------------------------
 
