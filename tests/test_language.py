@@ -70,16 +70,22 @@ def test_models_without_a_final_norm_train_coefficients():
     assert not model.base_model.tint_layers
 
 
-def test_the_norm_is_fitted_to_features(llama, tmp_path):
-    """Alone, and to what the whole model gives."""
+@pytest.mark.parametrize("kept", [None, 1])
+def test_the_norm_is_fitted_to_features(llama, kept, tmp_path):
+    """Alone, and to what the whole model gives, also at the last token alone as a collator may want it."""
     base, experts, data = llama
     model = peft_tint.from_experts(base, experts)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, head_steps=30), data)
-    losses = [loss_of(trainer, data)]
+    more = {} if kept is None else {"logits_to_keep": kept}
+    collate = lambda samples: T.default_data_collator(samples) | more  # noqa: E731
+    if kept:
+        data = {task: dataset.remove_columns("labels") for task, dataset in data.items()}
+    settings = arguments(tmp_path, max_steps=0, head_steps=30)
+    trainer = TintTrainer(model, settings, data, data_collator=collate)
+    losses = [loss_of(trainer, data, more)]
     trainer.train()
     assert [entry["step"] for entry in trainer.log_history] == [0] and trainer.log_history[0]["head_loss"] > 0
-    losses.append(loss_of(trainer, data))
+    losses.append(loss_of(trainer, data, more))
     assert losses[1] < losses[0] - 0.01
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad or torch.equal(parameter, before[name]) == ("tint_coefficients" in name)
@@ -87,11 +93,11 @@ def test_the_norm_is_fitted_to_features(llama, tmp_path):
 
 
 @torch.no_grad()
-def loss_of(trainer, data):
+def loss_of(trainer, data, more):
     total = 0
     for task, dataset in data.items():
         trainer.model.set_task(task)
-        batch = {name: torch.tensor(dataset[:][name]) for name in dataset.column_names}
+        batch = {name: torch.tensor(dataset[:][name]) for name in dataset.column_names} | more
         rows, expert = trainer.rows.forward(task, batch).compared.rows(), trainer.rows.of_expert(task, batch)
         total += OBJECTIVES["soft_pseudo_label"](rows, expert).item()
     return total

@@ -38,8 +38,8 @@ class TintTrainingArguments:
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Adam's learning rate; None: 3e-3 where the tint layer is the head; where it is a decoder's final "
-            "norm 5e-2, and 1e-2 of the coefficients; else 1e-3."
+            "help": "Adam's learning rate; None: 3e-3 where the tint layer is the head, 3e-2 where it is a decoder's "
+            "final norm, else 1e-3."
         },
     )
     coefficient_learning_rate: float | None = field(

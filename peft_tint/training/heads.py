@@ -10,7 +10,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from .objectives import Objective
-from .outputs import are_close
+from .outputs import are_close, take_kept
 from .rows import Rows
 from .shortened import Shortened, shorten
 
@@ -45,8 +45,7 @@ def features_of(rows: Rows, layer: nn.Module, rest: nn.Module, task: str, loader
             if len(found) != 1 or getattr(found[0], "ndim", 0) != axes:
                 return None
             positions = found[0][:, None] if axes == 2 else found[0]
-            if (kept := batch.get("logits_to_keep")) is not None:
-                positions = positions[:, kept]
+            positions = take_kept(positions, batch.get("logits_to_keep"))
             if positions.shape[:2] != compared.values.shape[:2]:
                 return None
             own = compared.take(positions).to(dtype)

@@ -217,8 +217,7 @@ def _tokens_that_count(mask, raw, model, task):
 
 
 def _of_next_tokens(raw, mask, labels, kept, model, task):
-    """`kept`, as transformers' `logits_to_keep`: which tokens the output is of, or the number of the last that it is
-    of, None for all; labels and mask are of all."""
+    """`kept` says which tokens the output is of, see `take_kept`; labels and mask are of all."""
     full = next((given for given in (labels, mask) if kept is not None and given is not None), raw)
     counts = _tokens_that_count(mask, full, model, task)
     if labels is not None:
@@ -228,10 +227,16 @@ def _of_next_tokens(raw, mask, labels, kept, model, task):
             counts = None if counts is None else F.pad(counts[:, :-1] & counts[:, 1:], (0, 1), value=False)
         labelled = labels != IGNORED
         counts = labelled if counts is None else counts & labelled
-    if kept is not None:
-        kept = slice(-kept, None) if isinstance(kept, int) else kept
-        labels, counts = (None if values is None else values[:, kept] for values in (labels, counts))
+    labels, counts = (None if values is None else take_kept(values, kept) for values in (labels, counts))
     return Output(raw, raw, counts, labels)
+
+
+def take_kept(values: torch.Tensor, kept: torch.Tensor | int | None) -> torch.Tensor:
+    """Of (samples, tokens, ...) the tokens that transformers' `logits_to_keep` says: those at its indices, or the last
+    so many; None for all."""
+    if kept is None:
+        return values
+    return values[:, slice(-kept, None) if isinstance(kept, int) else kept]
 
 
 def _check(fits, task, labels, raw, needed):

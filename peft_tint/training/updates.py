@@ -33,8 +33,9 @@ class Updates:
             )
         self.share()
         self.masters = {name: p.detach().float() for name, p in parameters.items() if p.itemsize < 4}
-        rates = self._rates(args)
-        self.rate = rates[1]
+        self.rate = self._default_rate() if args.learning_rate is None else args.learning_rate  # of the tint layers
+        own = args.coefficient_learning_rate
+        rates = self.rate if own is None else own, self.rate
         groups = [
             # the second is what a scheduler goes on by
             {"params": [self.masters.get(name, parameters[name]) for name in names], "lr": rate, "initial_lr": rate}
@@ -48,18 +49,11 @@ class Updates:
             torch.optim.Adam(groups, betas=betas, eps=args.adam_epsilon, fused=True)
         )
 
-    def _rates(self, args):
-        """Of the coefficients, and of the tint layers."""
-        model, rates = self.model, (1e-3, 1e-3)
-        if layers := model.tint_layers:
-            if all(layer in model.head_layers for layer in layers):
-                rates = 3e-3, 3e-3
-            elif all(layer in model.final_norms for layer in layers):
-                rates = 1e-2, 5e-2
-        given = args.learning_rate, args.learning_rate
-        if args.coefficient_learning_rate is not None:
-            given = args.coefficient_learning_rate, args.learning_rate
-        return [rate if own is None else own for rate, own in zip(rates, given, strict=True)]
+    def _default_rate(self):
+        model, layers = self.model, self.model.tint_layers
+        if layers and all(layer in model.head_layers for layer in layers):
+            return 3e-3
+        return 3e-2 if layers and layers == model.final_norms else 1e-3
 
     # ---- parameters --------------------------------------------------------------------------------------------------
 
