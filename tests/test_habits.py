@@ -193,3 +193,20 @@ def test_models_of_16_bits_learn_by_steps_that_16_bits_do_not_resolve(dtype, tmp
 
 def state_of_head(model):
     return model.base_model.head_layers[0].modules_to_save["default"]["a"].weight.detach().clone()
+
+
+def test_a_stray_column_is_left_out_and_told(tmp_path):
+    """As Trainer leaves it out; here a collator of the user's has made a tensor of it."""
+    rows = [row | {"index": number} for number, row in enumerate(texts())]
+
+    def collate(samples):
+        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+
+    arguments = TintTrainingArguments(str(tmp_path), max_steps=2, head_steps=0, disable_tqdm=True)
+    data = Dataset.from_list(rows)
+    trainer = TintTrainer(make_model(), arguments, data, data, data_collator=collate)
+    with pytest.warns(
+        UserWarning, match="Task 'a': the forward of a BertForSequenceClassification does not take index"
+    ):
+        trainer.train()
+    assert trainer.evaluate()["a"]["agreement"] > 0

@@ -4,12 +4,15 @@ The trainer asks this wherever it compares a model with its expert or with label
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import TransformersKwargs
 
 SPAN = ("start_positions", "end_positions")
 LABELS = ("labels", "label", "label_ids", *SPAN)
@@ -66,7 +69,15 @@ def inputs_of(model: torch.nn.Module, kind: str | None, batch: dict, task: str) 
     The decoder's tokens are made of the labels, by the model itself. Positions begin at the first token that is no
     padding, as in `generate`, so a sample's output does not depend on the others in its batch.
     """
+    takes = inspect.signature(model.forward).parameters
     inputs = {name: value for name, value in batch.items() if name not in LABELS}
+    if stray := inputs.keys() - _taken(model, takes, inputs):
+        warnings.warn(
+            f"Task {task!r}: the forward of a {type(model).__name__} does not take {', '.join(sorted(stray))}; its "
+            "batches go without.",
+            stacklevel=2,
+        )
+        inputs = {name: value for name, value in inputs.items() if name not in stray}
     if kind == "seq2seq" and not inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
         if "labels" not in batch:
             raise ValueError(
@@ -74,7 +85,6 @@ def inputs_of(model: torch.nn.Module, kind: str | None, batch: dict, task: str) 
                 f"made, or `decoder_input_ids`; the batch has {', '.join(map(repr, batch))}."
             )
         inputs["labels"] = batch["labels"]
-    takes = inspect.signature(model.forward).parameters
     if kind in ("causal", "seq2seq") and "use_cache" in takes:
         inputs.setdefault("use_cache", False)  # with which packed samples would see each other
     mask = inputs.get("attention_mask")
@@ -83,6 +93,15 @@ def inputs_of(model: torch.nn.Module, kind: str | None, batch: dict, task: str) 
         if "position_ids" in takes:
             inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return inputs
+
+
+def _taken(model, takes, names):
+    """Of these names those that the forward takes: by name, or as one of the further ones of transformers' models."""
+    kinds = {parameter.kind for parameter in takes.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        return takes.keys()
+    is_plain = isinstance(model, PreTrainedModel) and len(takes) > 2
+    return takes.keys() | TransformersKwargs.__annotations__.keys() if is_plain else names
 
 
 def output_of(result) -> torch.Tensor:
