@@ -209,4 +209,4 @@ def test_a_stray_column_is_left_out_and_told(tmp_path):
         UserWarning, match="Task 'a': the forward of a BertForSequenceClassification does not take index"
     ):
         trainer.train()
-    assert trainer.evaluate()["a"]["agreement"] > 0
+        assert trainer.evaluate()["a"]["agreement"] > 0
