@@ -90,7 +90,8 @@ class MergeArguments:
         metadata={"help": f"What to compare, of {', '.join(METHODS)}. 'supervised' has labels and no tint layer."},
     )
     tint_layer: list[str] | None = field(
-        default=None, metadata={"help": "Module names; 'auto' or 'none'; by default the head."}
+        default=None,
+        metadata={"help": "Module names; 'auto' or 'none'; by default the head, or a language model's last norm."},
     )
     granularity: str = field(
         default="tensor", metadata={"help": "What shares one coefficient: tensor, module, block or model."}

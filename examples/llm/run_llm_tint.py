@@ -135,7 +135,9 @@ def compare(args, training, setup):
             common.say(f"  {method:18} {answers[task]!r}")
     common.finish(args, training, setup, tint, scores, {}, "exact match")
     if tint and PartialState().is_main_process:
-        save_merged(tint.model, Path(training.output_dir) / "merged", setup.processor)
+        folder = Path(training.output_dir) / "merged"
+        save_merged(tint.model, folder, setup.processor)
+        print(f"The merged model, for use without experts: {folder}")
 
 
 @torch.no_grad()
