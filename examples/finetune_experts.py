@@ -27,6 +27,7 @@ from _common import (
     parse,
     to_inputs,
 )
+from accelerate import PartialState
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForImageClassification,
@@ -108,6 +109,23 @@ def finetune(args, training, task):
     if training.push_to_hub:
         trainer.push_to_hub()
     return training.output_dir
+
+
+def few_steps(folder, steps, **others):
+    """The arguments with which the examples fine-tune experts of their own."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        lr_scheduler_type="linear",
+        bf16=bf16_is_native(),
+        use_cpu=PartialState().device.type == "cpu",
+        seed=0,
+        disable_tqdm=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        **others,
+    )
 
 
 def pearson(prediction):

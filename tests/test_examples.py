@@ -17,12 +17,15 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from hub_emulator import HubEmulator
 from huggingface_hub import HfApi, constants
 from models import ARCHITECTURES, CLIP, make_experts
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from processes import run_to_end
 from safetensors.torch import load_file
 from test_precision import AVX2
 from test_save_merged import make_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FORKS = multiprocessing.get_context("forkserver")
@@ -271,6 +274,155 @@ def test_dense_runs(tmp_path):
     for row in ("experts", "pretrained", "average", "task arithmetic", "coefficients alone", "tint"):
         assert f"\n| {row} |" in printed
     assert all((tmp_path / "out" / f"{name}.png").stat().st_size > 1000 for name in ("predictions", "training"))
+
+
+# ---- language models -------------------------------------------------------------------------------------------------
+
+CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <end> {% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant {% endif %}"
+WORDS = [
+    "<end>",
+    "<unk>",
+    "user",
+    "assistant",
+    "A",
+    "B",
+    "C",
+    "yes",
+    "no",
+    "a:",
+    "b:",
+    "c:",
+    "d:",
+    "sentiment:",
+    "kind:",
+]
+
+
+def make_language_model(folder):
+    """A tiny Llama with a tokenizer of words and a chat template."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    ARCHITECTURES["llama_tied"].build().save_pretrained(folder)
+    return tokenizer
+
+
+def chat(content, answer):
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def make_language_data(folder, kind):
+    """Whether there is an A: as a chat, one of several turns, a prompt with its completion, or a text with a label."""
+    random = np.random.default_rng(0)
+    contents = [" ".join(random.choice(["A", "B", "C"], random.integers(1, 5))) for _ in range(24)]
+    answers = ["yes" if "A" in content else "no" for content in contents]
+    rows = {
+        "chats": {"messages": [[*chat("B", "no"), *chat(*both)] for both in zip(contents, answers, strict=True)]},
+        "completions": {"prompt": contents, "completion": [f" {answer}" for answer in answers]},
+        "prompts of chats": {
+            "prompt": [chat(content, "")[:1] for content in contents],
+            "completion": [chat("", answer)[1:] for answer in answers],
+        },
+        "labels": {"text": contents, "label": answers},
+    }[kind]
+    DatasetDict(Dataset.from_dict(rows).train_test_split(0.5, seed=0)).save_to_disk(folder)
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A tiny language model, and a LoRA expert and data of each kind: (base, {task: expert}, {task: data})."""
+    folder = tmp_path_factory.mktemp("language")
+    make_language_model(folder / "base")
+    experts, data = {}, {}
+    for task, kind in zip("abcd", ("chats", "completions", "prompts of chats", "labels"), strict=True):
+        model = T.AutoModelForCausalLM.from_pretrained(folder / "base")
+        adapter = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for name, parameter in adapter.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.5)
+        experts[task], data[task] = folder / task, folder / f"{task}_data"
+        adapter.save_pretrained(experts[task])
+        make_language_data(data[task], kind)
+    return folder / "base", experts, data
+
+
+def language_flags(language, output):
+    base, experts, data = language
+    flags = ["--model_name_or_path", base, "--experts", *pairs(experts), "--data", *pairs(data), "--disable_tqdm"]
+    return [*flags, "--max_steps", 2, "--per_device_train_batch_size", 4, "--output_dir", output]
+
+
+def test_experts_of_language_models_are_merged(language, tmp_path):
+    methods = ["pretrained", "ties", "emr", "tint_coefficients", "tint"]
+    printed = run("llm/run_llm_tint.py", *language_flags(language, tmp_path), "--method", *methods)
+    assert printed.startswith("Loading PyTorch and transformers\n")
+    scores = results(tmp_path)
+    assert list(scores) == ["experts", *methods]
+    for method, of_tasks in scores.items():
+        assert f"\n| {method} |" in printed and printed.count(f"\n  {method:18} '") == 4
+        assert list(of_tasks) == ["a", "b", "c", "d", "mean"]
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in PICTURES if "cross" not in name)
+    base = T.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    merged = PeftModel.from_pretrained(base, tmp_path / "merged", subfolder="tint").eval()
+    base = T.AutoModelForCausalLM.from_pretrained(language[0])
+    tint = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = T.AutoTokenizer.from_pretrained(tmp_path / "adapter")("A B C", return_tensors="pt")["input_ids"]
+    for task in "abcd":
+        for model in (tint, merged):
+            model.set_task(task)
+        with torch.no_grad():
+            torch.testing.assert_close(merged(input_ids=ids).logits, tint(input_ids=ids).logits)
+
+
+def test_scores_are_exact_matches_of_what_is_generated(language, tmp_path):
+    """By two processes as by one, also where the answers' tokens are all that is compared."""
+    flags = [*language_flags(language, tmp_path / "one"), "--method", "average"]
+    run("llm/run_llm_tint.py", *flags)
+    flags[flags.index(tmp_path / "one")] = tmp_path / "two"
+    start("llm/run_llm_tint.py", *flags, launch=True)
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+    base, experts, data = language
+    sys.path[:0] = [str(EXAMPLES / "llm"), str(EXAMPLES)]
+    from _answers import load_tokenizer, split_row, to_rows
+    from _common import load_splits
+
+    tokenizer = load_tokenizer(base)
+    for task, expert in experts.items():
+        model = PeftModel.from_pretrained(T.AutoModelForCausalLM.from_pretrained(base), expert).eval()
+        rows, right = to_rows(load_splits(str(data[task]))["eval"], tokenizer, task, 512), []
+        for prompt, answer in map(split_row, rows):
+            assert tokenizer.decode(answer) in ("yes <end>", "no <end>")
+            output = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=len(answer), do_sample=False)
+            right.append(output[0, len(prompt) :].tolist() == answer)
+        assert results(tmp_path / "one")["experts"][task]["score"] == pytest.approx(np.mean(right))
+
+
+def test_no_label_of_rows_that_adapt_is_read(language):
+    sys.path[:0] = [str(EXAMPLES / "llm"), str(EXAMPLES)]
+    from _answers import load_tokenizer, to_rows
+    from _common import load_splits
+
+    split, tokenizer = load_splits(str(language[2]["d"]))["adapt"], load_tokenizer(language[0])
+    rows = to_rows(split, tokenizer, "d", 512, labelled=False)
+    other = split.map(lambda row: {"label": 1 - row["label"]})
+    assert rows.to_dict() == to_rows(other, tokenizer, "d", 512, labelled=False).to_dict()
+    assert rows.to_dict() != to_rows(other, tokenizer, "d", 512).to_dict()
+
+
+def test_embedded_experts_of_a_language_model_are_made_once(tmp_path):
+    """Here of another base, for that of the package is large."""
+    make_language_model(tmp_path / "cache" / "base")
+    flags = ["--cache_dir", tmp_path / "cache", "--finetune_steps", 0.04, "--max_steps", 1, "--disable_tqdm"]
+    flags += ["--max_adapt_samples", 16, "--max_eval_samples", 16, "--method", "tint", "--output_dir", tmp_path / "out"]
+    for first in (True, False):
+        printed = run("llm/run_llm_tint.py", *flags)
+        assert printed.count("first run only") == 3 * first
+    assert list(results(tmp_path / "out")["tint"]) == ["sentiment", "kind", "mood", "mean"]
 
 
 # ---- CLIP ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from test_lora_experts import make_adapter
 
 from peft_tint import MERGING_METHODS, TintConfig, merge, merge_task_vectors
 from peft_tint.merging import transform_task_vectors
+from peft_tint.merging._svd import svd
 from peft_tint.merging.magnitude import threshold_bits
 
 SHAPES = {
@@ -603,6 +604,21 @@ def test_dare_keeps_the_expectation():
         # the deviation of a mean of 2000 draws, x sqrt((1 - p) / p / 2000), is 0.022 x
         bound = 5 * 0.0224 * (tensors["a"][name].square() + tensors["b"][name].square()).sqrt()
         assert ((tensor - expected[name]).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rank, noise", [(8, 0), (8, 1e-5), (100, 0)])
+def test_svd_of_low_rank(rank, noise):
+    """A matrix of low rank is decomposed in its range, with the triplets of the whole; so is none of higher rank."""
+    matrix = torch.randn(300, rank) @ torch.logspace(0, -3, rank).diag() @ torch.randn(rank, 400)
+    matrix += noise * torch.randn(300, 400)
+    u, s, vh = svd(matrix)
+    assert s.shape == (rank,)
+    torch.testing.assert_close(
+        s, torch.linalg.svdvals(matrix.double())[:rank].float(), rtol=1e-5, atol=1e-5 * s[0].item()
+    )
+    torch.testing.assert_close(u * s @ vh, matrix, rtol=0, atol=1e-5 * s[0].item())
+    for vectors in (u.t() @ u, vh @ vh.t()):
+        torch.testing.assert_close(vectors, torch.eye(rank), rtol=0, atol=1e-5)
 
 
 def lora_like(tasks, rank=2, shape=(24, 16)):

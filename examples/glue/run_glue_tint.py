@@ -28,12 +28,12 @@ import transformers
 from _common import MergeArguments, hub_has, load_processor, make_setup, parse, run
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
-from finetune_experts import ExpertArguments, finetune
+from finetune_experts import ExpertArguments, few_steps, finetune
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from peft_tint import TintTrainingArguments, bf16_is_native
+from peft_tint import TintTrainingArguments
 
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
 BASE, EXPERTS = "openai-community/gpt2", {task: f"tanganke/gpt2_{task}" for task in GLUE if task != "stsb"}
@@ -127,27 +127,9 @@ def use_embedded(args):
         if not (folder / task / "config.json").exists():
             if PartialState().num_processes > 1:
                 raise ValueError("The experts are not there yet. Run the example once by `python`, which makes them.")
-            finetune(expert, finetuning(folder, steps[task]), task)
+            more = {"per_device_train_batch_size": 32, "learning_rate": 3e-4, "weight_decay": 0.01}
+            finetune(expert, few_steps(folder, steps[task], warmup_steps=min(30, steps[task]), **more), task)
         args.experts[task] = str(folder / task)
-
-
-def finetuning(folder, steps):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=32,
-        learning_rate=3e-4,
-        lr_scheduler_type="linear",
-        warmup_steps=min(30, steps),
-        weight_decay=0.01,
-        bf16=bf16_is_native(),
-        use_cpu=PartialState().device.type == "cpu",
-        seed=0,
-        disable_tqdm=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-    )
 
 
 def make_base(folder):

@@ -29,7 +29,7 @@ import transformers
 from _common import MergeArguments, accuracy, hub_has, label_names, load_processor, load_splits, make_setup, parse, run
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, Features
-from finetune_experts import ExpertArguments, finetune
+from finetune_experts import ExpertArguments, few_steps, finetune
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 from torch import nn
@@ -43,12 +43,11 @@ from transformers import (
     CLIPVisionModel,
     ConvNextConfig,
     ConvNextForImageClassification,
-    TrainingArguments,
     ViTImageProcessor,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from peft_tint import TintTrainingArguments, bf16_is_native
+from peft_tint import TintTrainingArguments
 
 CLIP_8 = Path(__file__).parent / "configs" / "clip_8.json"
 # What few minutes want
@@ -176,29 +175,11 @@ def use_embedded(args):
         if not (parent / task / "config.json").exists():
             if PartialState().num_processes > 1:
                 raise ValueError("The experts are not there yet. Run the example once by `python`, which makes them.")
-            finetune(
-                ExpertArguments(base, data), finetuning(parent, steps[task], 3e-3 if task == "base" else 1e-3), task
-            )
+            more = {"per_device_train_batch_size": 64, "learning_rate": 3e-3 if task == "base" else 1e-3}
+            training = few_steps(parent, steps[task], warmup_steps=min(30, steps[task]), **more)
+            finetune(ExpertArguments(base, data), training, task)
         base = folders["base"]
     args.model_name_or_path, args.data, args.experts = folders.pop("base"), data, folders
-
-
-def finetuning(folder, steps, learning_rate):
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=64,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=min(30, steps),
-        bf16=bf16_is_native(),
-        use_cpu=PartialState().device.type == "cpu",
-        seed=0,
-        disable_tqdm=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-    )
 
 
 def make_data(task, folder):
