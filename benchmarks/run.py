@@ -245,7 +245,7 @@ class Timed(TintTrainer):
 
     def _evaluate_state(self):
         experiment = self.experiment
-        step, seconds = self._progress.step, experiment.seconds()
+        step, seconds = self.progress.step, experiment.seconds()
         with experiment.beside_the_clock():
             experiment.curve.append([step, seconds[0], experiment.score(self.predict)["mean"]])
 

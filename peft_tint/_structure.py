@@ -23,6 +23,9 @@ PARAMETER_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, *PARAMETER_CONTAINERS)
 # How models that do not keep their backbone under `base_model_prefix` (CLIP, SigLIP) name their head.
 HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
+# How decoders name the norm after their last block. Some (BART's) have one before the first and none after the last.
+FINAL_NORMS = {"norm", "norm_f", "ln_f", "ln_out", "out_norm", "layer_norm", "embedding_norm"}
+FINAL_NORMS |= {"final_norm", "final_layernorm", "final_layer_norm"}
 
 
 def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -94,6 +97,17 @@ def find_head(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
         if backbone in children:
             return [name for name in children if name != backbone]
     return [name for name in children if name in HEAD_NAMES]
+
+
+def find_final_norm(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """The name of the norm between a language model's decoder and its output embeddings; [] where there is none."""
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        return []
+    decoder = next((name for name, module in modules.items() if module is model.get_decoder()), None)
+    if decoder is None:
+        return []
+    norms = [join(decoder, name) for name in FINAL_NORMS]
+    return [name for name in norms if name in modules and has_parameters(modules[name])]
 
 
 def find_vocabulary(model: nn.Module, tensors: dict[str, torch.Tensor]) -> set[str]:

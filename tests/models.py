@@ -9,6 +9,8 @@ import torch
 import transformers as T
 from torch import nn
 
+from peft_tint._structure import find_final_norm, find_head, plain_modules
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 T5 = {
     "vocab_size": 64,
@@ -39,6 +41,12 @@ CLIP = {
     "text_config": {"vocab_size": 64, "eos_token_id": 1, **SMALL},
     "vision_config": VISION,
 }
+
+
+def per_task(base):
+    """The names of the modules with a copy for each task by default."""
+    modules = dict(plain_modules(base))
+    return find_head(base, modules) or find_final_norm(base, modules)
 
 
 class Architecture(NamedTuple):

@@ -324,7 +324,7 @@ def test_the_guard_brings_back_the_start(bert, data, tmp_path):
     settings = arguments(tmp_path, learning_rate=1.0, collapse_guard=0.1, logging_steps=2, max_steps=20)
     trainer = TintTrainer(model, settings, data, objective=worse)
     trainer.train()
-    assert trainer.log_history[-1]["best_step"] == 0 and trainer._progress.collapsed
+    assert trainer.log_history[-1]["best_step"] == 0 and trainer.progress.collapsed
     assert any(name.startswith("collapse_") for name in trainer.log_history[-1])
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
 

@@ -45,11 +45,16 @@ class Stopping(TintTrainer):
 
     stop_at = None
 
-    def _update(self):
-        self.updates = getattr(self, "updates", 0) + 1
-        if self.updates == self.stop_at:
-            raise Stopped
-        super()._update()
+    def _prepare(self):
+        super()._prepare()
+        step, numbers = self.updates.step, itertools.count(1)
+
+        def stopping_step():
+            if next(numbers) == self.stop_at:
+                raise Stopped
+            step()
+
+        self.updates.step = stopping_step
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def test_a_stream_has_no_last_step():
     trainer = make_trainer(lr_scheduler_type="linear", max_steps=1)
     for _ in range(3):
         trainer.step("a", {"x": torch.randn(2, 4)})
-        assert trainer._optimizer.param_groups[0]["lr"] == 1e-3
+        assert trainer.updates.optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_memory_does_not_grow_with_the_batches():

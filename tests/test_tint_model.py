@@ -566,7 +566,7 @@ def test_coefficient_init_may_be_an_integer(bert, init):
 
 
 @pytest.mark.parametrize("name", ["plain_transformer", "bert_mlm"])
-@pytest.mark.filterwarnings("ignore:.*has no head")
+@pytest.mark.filterwarnings("ignore:.*has neither a head")
 @torch.no_grad()
 def test_copy_pickle_and_unload_of_root_and_tied_parameters(name):
     architecture = ARCHITECTURES[name]

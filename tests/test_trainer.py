@@ -144,7 +144,7 @@ def test_other_tasks_tint_layers_stand_still(model, data, tmp_path):
         trainer.step("a", {"input_ids": IDS["input_ids"]})
     trainer.step("b", {"input_ids": IDS["input_ids"]})
     between = state(model)
-    optimizer_state = {n: str(trainer._optimizer.state[p]) for n, p in model.named_parameters() if "b_task" in n}
+    optimizer_state = {n: str(trainer.updates.optimizer.state[p]) for n, p in model.named_parameters() if "b_task" in n}
     trainer.step("a", {"input_ids": IDS["input_ids"]})
     after = state(model)
     for name in after:
@@ -153,7 +153,7 @@ def test_other_tasks_tint_layers_stand_still(model, data, tmp_path):
         if "b_task" in name and ".modules_to_save" in name:
             assert torch.equal(between[name], after[name])
     assert optimizer_state == {
-        n: str(trainer._optimizer.state[p]) for n, p in model.named_parameters() if "b_task" in n
+        n: str(trainer.updates.optimizer.state[p]) for n, p in model.named_parameters() if "b_task" in n
     }
 
 
@@ -377,7 +377,7 @@ def test_an_error_in_training_leaves_the_model_sane(model, data, tmp_path, has_b
     trainer = TintTrainer(model, arguments(tmp_path, bf16=True, logging_steps=1), data, callbacks=[fail])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert model.task == "a" and "forward" not in vars(model) and trainer._optimizer is None
+    assert model.task == "a" and "forward" not in vars(model) and trainer.updates is None
     assert model(**IDS).logits.dtype == torch.float32
 
 
@@ -397,12 +397,12 @@ def test_learning_rate_by_tint_layer(bert, tmp_path):
         model = get_peft_model(load(bert[0]), TintConfig(experts=bert[1], tint_layer=layer))
         trainer = TintTrainer(model, arguments(tmp_path))
         trainer.step("a", IDS)
-        assert trainer._optimizer.param_groups[0]["lr"] == expected
+        assert trainer.updates.optimizer.param_groups[0]["lr"] == expected
 
 
 def test_misuse_is_told_before_the_first_step(bert, model, tmp_path):
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
-    with pytest.raises(ValueError, match="`train_dataset` is a Dataset"):
+    with pytest.raises(ValueError, match="`train_dataset` is a Dataset, and the model has 3 tasks"):
         TintTrainer(model, arguments(tmp_path), data)
     with pytest.raises(ValueError, match="`eval_steps` is set"):
         TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()
@@ -463,7 +463,7 @@ def test_the_defaults_fit_the_heads_and_take_few_falling_steps(model, data, tmp_
     trainer = TintTrainer(model, TintTrainingArguments(str(tmp_path), max_steps=1, disable_tqdm=True), data, data)
     before = trainer.evaluate()["mean"]["agreement"]
     trainer.train()
-    assert TintTrainingArguments().max_steps == 60 and trainer._progress.step == 1
+    assert TintTrainingArguments().max_steps == 60 and trainer.progress.step == 1
     assert "head_loss" in trainer.log_history[0] and trainer.evaluate()["mean"]["agreement"] > before
 
 
@@ -487,7 +487,7 @@ def test_a_head_that_comes_to_nan_is_told(model, data, tmp_path):
         return logits.sum() * float("nan")
 
     trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, head_steps=5), data, objective=objective)
-    with pytest.raises(FloatingPointError, match="The loss of the head of task 'a' is nan"):
+    with pytest.raises(FloatingPointError, match="The loss of the last layer of task 'a' is nan"):
         trainer.train()
     with model.reuse_merged_weights(), pytest.raises(ValueError, match="is in `reuse_merged_weights` already"):
         trainer.train()
@@ -516,9 +516,9 @@ def test_learning_rate_by_step(model, data, tmp_path, kind, rates):
     seen = []
 
     class Recorder(TintTrainer):
-        def _update(self):
-            seen.append(self._optimizer.param_groups[0]["lr"])
-            super()._update()
+        def _step(self, batches):
+            seen.append(self.updates.optimizer.param_groups[0]["lr"])
+            super()._step(batches)
 
     settings = arguments(tmp_path, max_steps=4, learning_rate=0.1, lr_scheduler_type=kind, update="joint")
     Recorder(model, settings, data).train()

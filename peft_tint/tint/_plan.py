@@ -16,6 +16,7 @@ from torch import nn
 from .._structure import (
     CONTAINERS,
     PARAMETER_CONTAINERS,
+    find_final_norm,
     find_head,
     find_layers,
     find_vocabulary,
@@ -148,8 +149,8 @@ def make_plan(config: TintConfig, model: nn.Module, sources: dict, start: bool =
         plan.task_modules[name] = _initial_modules(config, name, modules[name], copies, trainable[name])
     if config.tint_layer is None and not trainable:
         warnings.warn(
-            f"{type(model).__name__} has no head that belongs to a task, so only coefficients will train (as in "
-            "AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
+            f"{type(model).__name__} has neither a head of a task nor a decoder's final norm, so only coefficients "
+            "train (as in AdaMerging). Name a layer in `tint_layer`, or set `tint_layer=[]` if that is what you want.",
             stacklevel=2,
         )
     return plan
@@ -297,8 +298,12 @@ def _drop_unchanged(plan):
 
 
 def _per_task_modules(config, model, modules):
-    """{name: is it the tint layer} of the modules with one copy per task: the head always, and the tint layer."""
+    """{name: is it the tint layer} of the modules with one copy per task: the head always, and the tint layer.
+
+    Writes out the default of language models."""
     head = find_head(model, modules)
+    if config.tint_layer is None and not head:
+        config.tint_layer = find_final_norm(model, modules) or None
     tint = head if config.tint_layer is None else find_layers(config.tint_layer, modules)
     units = [name for name, module in modules.items() if isinstance(module, UNITS)]
     for name in tint:

@@ -42,8 +42,9 @@ class TintConfig(SavedConfig):
             Modules not to merge, matched in the same way.
         tint_layer (`str | list[str]`, *optional*):
             The layer with one trainable copy per task: a module name or its unique ending, or a list of them. `None`
-            (default) is the model's head, `[]` is none (only coefficients train), `"auto"` the head and the block in
-            which the experts disagree most (their names replace it when the experts are loaded). Each task keeps its
+            (default) is the model's head, or of a language model the norm after the last block of its decoder. `[]` is
+            none (only coefficients train), `"auto"` the head and the block in which the experts disagree most. The
+            names of a norm and of what `"auto"` finds take their place when the experts are loaded. Each task keeps its
             own head in any case; a head that is not the tint layer is frozen.
         tint_layer_init (`str`):
             Where the tint layer's copies start: `"expert"` (default), `"merged"` or `"base"`.
@@ -133,7 +134,10 @@ class TintConfig(SavedConfig):
     )
     tint_layer: str | list[str] | None = field(
         default=None,
-        metadata={"help": "Layer with one trainable copy per task; None: the head; []: none; 'auto': see the docs."},
+        metadata={
+            "help": "Layer with one trainable copy per task; None: the head, or a decoder's final norm; []: none; "
+            "'auto': see the docs."
+        },
     )
     tint_layer_init: Literal["expert", "merged", "base"] = field(
         default="expert", metadata={"help": "Where the copies of the tint layer start: expert, merged or base."}

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 # The arguments with which a training that is resumed must have begun; the others may change, but for `max_steps` where
 # the learning rate falls until then
 DECISIVE = (
-    *("update", "learning_rate", "head_steps", "lr_scheduler_type"),
+    *("update", "learning_rate", "coefficient_learning_rate", "head_steps", "lr_scheduler_type", "warmup_steps"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "expert_rows"),
     *("logging_steps", "collapse_guard", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
@@ -28,6 +28,9 @@ class TintTrainingArguments:
 
     output_dir: str = field(default="tint_output", metadata={"help": "Where models and logs are written."})
     max_steps: int = field(default=60, metadata={"help": "Number of steps; each visits every task once."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the largest task's data, in the place of `max_steps`."}
+    )
     update: str = field(
         default="sequential",
         metadata={"help": "'sequential': one update per task; 'joint': one update on the sum over tasks."},
@@ -35,12 +38,15 @@ class TintTrainingArguments:
     learning_rate: float | None = field(
         default=None, metadata={"help": "Adam's learning rate; None: 3e-3 where the tint layer is the head, else 1e-3."}
     )
+    coefficient_learning_rate: float | None = field(
+        default=None, metadata={"help": "The coefficients' own; None: `learning_rate`, which is the tint layers'."}
+    )
     head_steps: int = field(
         default=100,
         metadata={
-            "help": "Steps of each task's head alone before the first step, on all samples at once, whose features the "
-            "merged model computes once; where the head is a tint layer that takes one vector a sample, and not by "
-            "'entropy', which would have it predict one class."
+            "help": "Steps of each task's head, or final norm, alone before the first step, whose features the merged "
+            "model computes once; where that is a tint layer, and not by 'entropy', which would have it predict one "
+            "class."
         },
     )
     lr_scheduler_type: str = field(
@@ -50,6 +56,7 @@ class TintTrainingArguments:
             "no last step and keeps `learning_rate`."
         },
     )
+    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rates rise from zero."})
     adam_beta1: float = field(default=0.9, metadata={"help": "Adam's beta1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "Adam's beta2."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "Adam's epsilon."})
@@ -125,7 +132,9 @@ class TintTrainingArguments:
             raise ValueError("`load_best_model_at_end` needs `eval_steps`, or there is no state to choose from.")
         if self.collapse_guard is not None and not 0 < self.collapse_guard < 1:
             raise ValueError(f"`collapse_guard` is {self.collapse_guard}; it must be a share between 0 and 1.")
-        for name in ("max_steps", "head_steps"):
+        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; it must be above 0.")
+        for name in ("max_steps", "head_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
@@ -133,3 +142,8 @@ class TintTrainingArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+
+    @property
+    def eval_strategy(self) -> str:
+        """As transformers' callbacks ask for it."""
+        return "steps" if self.eval_steps else "no"

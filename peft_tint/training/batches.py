@@ -7,12 +7,12 @@ from uuid import uuid4
 
 import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
+from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, SkipBatchSampler
 from accelerate.utils import send_to_device
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch.distributed.tensor import DTensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
@@ -22,9 +22,10 @@ from transformers import (
 
 from .arguments import TintTrainingArguments
 from .data import Collator, WithExpertRows, cache_expert_rows
-from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, UNSHIFTED
+from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, UNSHIFTED, are_close
 from .resuming import kept_random_state, random_state
 from .rows import Rows
+from .shortened import TOP, shorten
 
 MOST_CACHED = 50e6  # bytes of an expert's rows of one dataset
 
@@ -73,6 +74,8 @@ class Batches:
         of their own, have to load it again to come to the same place.
         """
         args, order, device = self.args, torch.Generator(), self.accelerator.device
+        if isinstance(dataset, IterableDataset):
+            return self._read(task, dataset, done)
         samples = self.with_expert_rows(task, dataset, evaluating=False)
         sampler = BatchSampler(RandomSampler(samples, generator=order), args.per_device_train_batch_size, False)
         if self.accelerator.num_processes > 1:
@@ -95,6 +98,27 @@ class Batches:
 
         return (send_to_device(batch, device, non_blocking=True) for batch in epochs())
 
+    def _read(self, task, dataset, done):
+        """Batches of a dataset that is read to its end, again and again, in its own order."""
+        if self.accelerator.num_processes > 1:
+            size, of = self.args.per_device_train_batch_size, (self.accelerator.num_processes,)
+            dataset = IterableDatasetShard(dataset, size, False, *of, self.accelerator.process_index)
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.collator(task, labelled=False),
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+        def epochs():
+            for epoch in count():
+                if hasattr(dataset, "set_epoch"):  # as those have that shuffle
+                    dataset.set_epoch(epoch)
+                yield from loader
+
+        batches = islice(epochs(), done, None)
+        return (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in batches)
+
     def once(self, task: str, dataset: Dataset, evaluating: bool, keeps: bool = True) -> DataLoader:
         """All of it in its order, with labels to evaluate by or without."""
         return DataLoader(
@@ -116,6 +140,13 @@ class Batches:
     def with_expert_rows(self, task: str, dataset: Dataset, evaluating: bool):
         """The dataset, with the expert's rows beside each sample where they are computed ahead."""
         model = self.rows.model.eval()
+        if not isinstance(dataset, Dataset):
+            if self.args.expert_rows == "cache":
+                raise ValueError(
+                    f"Task {task!r}: the expert's outputs are cached beside a `datasets.Dataset`, and this is a "
+                    f"{type(dataset).__name__}. Leave `expert_rows` out."
+                )
+            return dataset
         kind = "features" if not evaluating and self.rows.objectives[task].compares == "features" else "logits"
         config, collate = model.peft_config[model.active_adapter], self.collator(task, labelled=evaluating)
         memo = (model.active_adapter, task, kind, evaluating, dataset._fingerprint)
@@ -132,11 +163,20 @@ class Batches:
         sharded = model.peft_config[model.active_adapter].is_sharded
         sharded |= any(isinstance(parameter, DTensor) for parameter in model.parameters())
         expert = uuid4().hex if sharded else model.expert_fingerprint(task)
-        key = [expert, kind, self.precision, Hasher.hash([collate.collate, collate.columns])]
+        shortens = self._shortens(evaluating)
+        key = [expert, kind, self.precision, shortens, Hasher.hash([collate.collate, collate.columns])]
         size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
+
+        def compute(samples):
+            rows = self._compute(task, collate, evaluating, samples)
+            return list(map(shorten, rows)) if shortens else rows
+
         with model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
-            compute = lambda samples: self._compute(task, collate, evaluating, samples)  # noqa: E731
-            return cache_expert_rows(dataset, compute, key, size, description, not sharded)
+            return cache_expert_rows(dataset, compute, key, size, description, not sharded, shortens)
+
+    def _shortens(self, evaluating):
+        """Evaluation counts by all words: the expert's perplexity, too."""
+        return self.rows.has_vocabulary and not evaluating
 
     @torch.no_grad()
     def _compute(self, task, collate, evaluating, samples):
@@ -170,14 +210,15 @@ class Batches:
             together = self._compute(task, collate, evaluating, samples)
             if len(together) != number:  # packed into one
                 return False
-            if sum(rows.numel() for rows in together) * 4 / number * len(dataset) > MOST_CACHED:
+            width = 6 * TOP if self._shortens(evaluating) else 4 * together[0].shape[-1]  # bytes
+            if sum(map(len, together)) * width / number * len(dataset) > MOST_CACHED:
                 return False
             sizes = [_size(collate([sample])) for sample in samples]
             shortest = sizes.index(min(sizes))
             if sizes[shortest] == max(sizes):
                 return True  # there is no padding
             [by_itself] = self._compute(task, collate, evaluating, [samples[shortest]])
-            return _are_close(together[shortest], by_itself)
+            return are_close(together[shortest], by_itself)
 
 
 def _parameters(model):
@@ -194,10 +235,3 @@ def _are_equal(batch, other):
 
 def _size(batch):
     return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
-
-
-def _are_close(rows, others):
-    """Up to what lower precision and other sizes of matrices round differently."""
-    if rows.shape != others.shape or not rows.numel():
-        return rows.shape == others.shape
-    return bool((rows - others).abs().max() <= 0.02 * others.abs().max())

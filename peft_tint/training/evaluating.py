@@ -22,7 +22,7 @@ def evaluate(rows: Rows, task: str, loader, compute_metrics, bar) -> dict[str, f
     for batch, expert_rows in _with_expert_rows(rows, task, loader):
         output = rows.forward(task, batch, evaluating=True).output
         ours = output.rows()
-        rows.check(task, ours, expert_rows)
+        expert_rows = rows.match(task, ours, expert_rows)
         has_labels = any(name in batch for name in LABELS)
         labelled |= has_labels
         if compute_metrics is not None and has_labels:

@@ -96,6 +96,20 @@ def read_state(folder: str) -> tuple[dict[str, dict[str, torch.Tensor]], dict, l
     return tensors, *contents
 
 
+def check_settings(folder: str, saved: dict, settings: dict, tensors: dict, parameters: dict) -> None:
+    """Raises ValueError where a checkpoint is of another training, or of another model."""
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            before = repr(saved[name]) if name in saved else "a version that did not know it"
+            raise ValueError(
+                f"{name} is {value!r}, and {folder!r} was made with {before}. Resume with the same, or start anew."
+            )
+    ours, theirs = ({name: value.shape for name, value in own.items()} for own in (parameters, tensors))
+    for name in ours.keys() | theirs.keys():
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"{folder!r} is of another model: they differ in {name!r}.")
+
+
 def random_state() -> dict:
     """The states of Python's, NumPy's and torch's generators, as JSON has them."""
     return {

@@ -5,10 +5,12 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn import functional as F
 
 from .data import EXPERT_ROWS
 from .objectives import OBJECTIVES, Objective
 from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, Output, inputs_of, kind_of, mask_of, read_output
+from .shortened import LARGE, Shortened, complete
 
 
 class Forward(NamedTuple):
@@ -31,6 +33,14 @@ class Rows:
     @property
     def base(self) -> nn.Module:
         return self.model.get_base_model()
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """Whether the expert's rows are so wide that they are shortened where they are kept for training."""
+        return (
+            self.kind in OF_LANGUAGE
+            and getattr(self.base.config.get_text_config(decoder=True), "vocab_size", 0) >= LARGE
+        )
 
     # ---- what is compared --------------------------------------------------------------------------------------------
 
@@ -111,6 +121,9 @@ class Rows:
         names = {task: objective.__name__ for task, objective in self.objectives.items()}
         return names.popitem()[1] if len({*names.values()}) == 1 else names
 
+    def autocasting(self):
+        return torch.autocast(self.accelerator.device.type, self.autocast, self.autocast is not None)
+
     # ---- forwards ----------------------------------------------------------------------------------------------------
 
     def forward(self, task: str, batch: dict, evaluating: bool = False) -> Forward:
@@ -124,7 +137,7 @@ class Rows:
             head = self.model.head_layers[0]
             hooks = [head.register_forward_pre_hook(lambda module, args: features.append(args[0]))]
         try:
-            with torch.autocast(self.accelerator.device.type, self.autocast, self.autocast is not None):
+            with self.autocasting():
                 result = self.model(**inputs_of(self.base, self.kind, inputs, task))
         finally:
             for hook in hooks:
@@ -140,20 +153,39 @@ class Rows:
         return Output(values, values, mask.bool() if mask is not None and mask.shape == values.shape[:2] else None)
 
     @torch.no_grad()
-    def of_expert(self, task: str, batch: dict, evaluating: bool = False) -> torch.Tensor:
+    def of_expert(self, task: str, batch: dict, evaluating: bool = False) -> torch.Tensor | Shortened:
         """The rows that came with the batch, or of a forward of the expert on it."""
         if EXPERT_ROWS in batch:
             return batch[EXPERT_ROWS]
         with self.model.expert(task):
             return self.forward(task, batch, evaluating).compared.rows()
 
-    def check(self, task: str, rows: torch.Tensor, expert_rows: torch.Tensor) -> None:
-        if rows.shape != expert_rows.shape and len(rows) + len(expert_rows) > 0:
+    def of_all_processes(self, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """The rows of all processes, in the order of one process's batch; ours keep their graph.
+
+        A mean over the pseudo-labels kept is one over those of all processes, of which each keeps another number."""
+        if rows is None or self.accelerator.num_processes == 1:
+            return rows
+        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
+        gathered = self.accelerator.gather(padded).view(len(counts), max(counts), *rows.shape[1:])
+        parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
+        parts[self.accelerator.process_index] = rows
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def match(self, task: str, rows: torch.Tensor, expert_rows: torch.Tensor | Shortened) -> torch.Tensor:
+        """The expert's rows as large as the model's, of all classes."""
+        if isinstance(expert_rows, Shortened) and len(rows) == len(expert_rows.values):
+            return complete(expert_rows, rows) if len(rows) else rows
+        shape = expert_rows.values.shape if isinstance(expert_rows, Shortened) else expert_rows.shape
+        if rows.shape != shape and len(rows) + shape[0] > 0:
             raise ValueError(
                 f"Task {task!r}: the merged model gives outputs of shape {tuple(rows.shape)}, its expert gave "
-                f"{tuple(expert_rows.shape)}. Padding must be marked by an `attention_mask`, and a transform must give "
-                "the same sizes each time; else set `expert_rows='online'`."
+                f"{tuple(shape)}. Padding must be marked by an `attention_mask`, and a transform must give the same "
+                "sizes each time; else set `expert_rows='online'`."
             )
+        return expert_rows
 
 
 def _positions(features):

@@ -1,24 +1,20 @@
 """Trains coefficients and tint layers at test time, on unlabelled data with the experts' pseudo-labels."""
 
+import math
 import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from datasets import Dataset
 from peft import get_peft_model_state_dict
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import TrainOutput
 
 from .._card import FILE, read_card, save_card
@@ -27,13 +23,17 @@ from ..hub import push_adapters
 from . import heads
 from .arguments import DECISIVE, DECISIVE_OF_MODEL, TintTrainingArguments
 from .batches import Batches
+from .callbacks import Callbacks, held_interrupt
 from .collapse import CollapseGuard, Snapshot, Window
-from .data import EXPERT_ROWS
+from .data import EXPERT_ROWS, by_task, length_of
 from .evaluating import evaluate
+from .gradient_checkpointing import checkpointed, checkpointing
 from .outputs import BY_LABELS, LABELS
 from .precision import choose_autocast, describe_precision
+from .progress import Progress
 from .resuming import (
     check_output_dir,
+    check_settings,
     find_checkpoint,
     random_state,
     read_state,
@@ -42,6 +42,7 @@ from .resuming import (
     write_state,
 )
 from .rows import Rows
+from .updates import Updates
 
 
 class TintTrainer:
@@ -57,9 +58,11 @@ class TintTrainer:
     Args:
         model: what `get_peft_model(base, TintConfig(...))` returned.
         args: the training arguments.
-        train_dataset: {task: Dataset}, for all tasks or some of them, in the columns that the model's forward takes;
-            None for a stream (`step`).
-        eval_dataset: {task: Dataset}; with labels (a column `label` or `labels`) it gives accuracies.
+        train_dataset: {task: dataset}, for all tasks or some of them, in the columns that the model's forward takes;
+            of a model with one task the dataset alone. The experts' outputs are kept beside a `datasets.Dataset`; for
+            PyTorch's `Dataset` and `IterableDataset`s, and those of `datasets`, the expert runs beside the model. None
+            for a stream (`step`).
+        eval_dataset: the like; with labels (a column `label` or `labels`) it gives accuracies.
         objective: a name in `OBJECTIVES`, a function `(logits, expert_logits, mask) -> loss` on rows of shape
             (rows, classes), an `Objective`, or {task: one of these}. Where one is given for all tasks, regression takes
             the mean absolute difference to the expert, and multi-label tasks "bce" for "soft_pseudo_label".
@@ -67,7 +70,7 @@ class TintTrainer:
         processing_class: a tokenizer, image processor or other, saved with the model.
         compute_metrics: `EvalPrediction -> {name: number}`, or {task: such a function}. It gets what
             `transformers.Trainer` would give it: predictions (samples, ...) and labels, padded with -100.
-        callbacks: functions `(trainer, logs)`, called with each entry of the log.
+        callbacks: functions `(trainer, logs)`, called with each entry of the log, and `transformers.TrainerCallback`s.
 
     Raises ValueError for a model without TINT, a task that the model does not have, an empty dataset, an unknown
     objective, and where Accelerate is configured to shard the model.
@@ -77,8 +80,8 @@ class TintTrainer:
         self,
         model,
         args: TintTrainingArguments | None = None,
-        train_dataset: dict[str, Dataset] | None = None,
-        eval_dataset: dict[str, Dataset] | None = None,
+        train_dataset: dict[str, Dataset] | Dataset | None = None,
+        eval_dataset: dict[str, Dataset] | Dataset | None = None,
         objective="soft_pseudo_label",
         data_collator=None,
         processing_class=None,
@@ -101,9 +104,10 @@ class TintTrainer:
                 "`get_peft_model(base, TintConfig(...))` returns."
             )
         self.args = args or TintTrainingArguments()
-        self.train_dataset = _checked("train_dataset", train_dataset, model.tasks)
-        self.eval_dataset = _checked("eval_dataset", eval_dataset, model.tasks)
-        self.processing_class, self.compute_metrics, self.callbacks = processing_class, compute_metrics, callbacks
+        self.train_dataset = by_task("train_dataset", train_dataset, model.tasks)
+        self.eval_dataset = by_task("eval_dataset", eval_dataset, model.tasks)
+        self.processing_class, self.compute_metrics = processing_class, compute_metrics
+        self.callbacks = Callbacks(callbacks)
         self.log_history: list[dict] = []
         self.accelerator = Accelerator(
             log_with=None if self.args.report_to == "none" else self.args.report_to,
@@ -131,7 +135,7 @@ class TintTrainer:
                 "the experts': tasks are regression or multi-label, or the objective is 'feature_l1'. Leave it out."
             )
         self.batches = Batches(self.rows, self.args, data_collator, processing_class, self.precision)
-        self._optimizer, self._checkpointed = None, []
+        self.updates = self.progress = None  # of the training that goes on
 
     @property
     def model(self):
@@ -141,10 +145,24 @@ class TintTrainer:
     def model(self, model):
         self.rows.model = model
 
+    @property
+    def max_steps(self) -> int:
+        """Of the whole training. An epoch is one pass over the largest task's data."""
+        args = self.args
+        if args.num_train_epochs is None or self.train_dataset is None:
+            return args.max_steps
+        lengths = {task: length_of(dataset) for task, dataset in self.train_dataset.items()}
+        if None in lengths.values():
+            raise ValueError("`num_train_epochs` is set, and a dataset has no length; set `max_steps`.")
+        samples = args.per_device_train_batch_size * self.accelerator.num_processes
+        batches = math.ceil(max(lengths.values()) / samples)
+        return math.ceil(args.num_train_epochs * batches / args.gradient_accumulation_steps)
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainOutput:
-        """Trains for `max_steps`; the result is in the model. Returns steps, mean loss and run time.
+        """Trains for `max_steps`, or `num_train_epochs`; the result is in the model. Returns steps, mean loss and run
+        time. Where checkpoints are saved, Ctrl-C saves one at the end of the step, and ends the program.
 
         From a checkpoint (a folder, or True for the last in `output_dir`) training goes on to bitwise the result that
         it would have had without a stop, on the same machine, unless the collator draws by a generator of its own.
@@ -164,30 +182,36 @@ class TintTrainer:
         set_seed(args.seed)
         self._prepare()
         if not self._is_quiet():
-            tasks = ", ".join(self.train_dataset)
-            print(f"Training {tasks} on {self.accelerator.device} in {self.precision}", file=sys.stderr, flush=True)
+            layers = [name for name, module in self.rows.base.named_modules() if module in self.model.tint_layers]
+            print(
+                f"Training {', '.join(self.train_dataset)} on {self.accelerator.device} in {self.precision}: "
+                f"{self.progress.coefficients.numel():,} coefficients{(layers and ', and of each task ') or ''}"
+                f"{', '.join(layers)}",
+                file=sys.stderr,
+                flush=True,
+            )
         try:
             if args.report_to != "none":
                 scalars = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str)}
                 self.accelerator.init_trackers("peft_tint", {**scalars, "precision": self.precision})
             self._train(saved)
+            self._tell("on_train_end")
         finally:
+            progress = self.progress
             self._finish()
             self.model.set_task(before)
-        loss = self._progress.loss / max(self._progress.batches, 1)
+        loss = progress.loss / max(progress.batches, 1)
         metrics = {"train_runtime": time.perf_counter() - started, "train_loss": loss}
-        return TrainOutput(self._progress.step, loss, metrics)
+        return TrainOutput(progress.step, loss, metrics)
 
     def _train(self, saved):
         """The loop."""
-        args, progress = self.args, self._progress
+        args, progress = self.args, self.progress
         if saved:
             self._load_state(*saved[:2])
         done = progress.step * args.gradient_accumulation_steps  # batches of each task
         batches = {task: self.batches.endless(task, data, done) for task, data in self.train_dataset.items()}
-        scheduler = get_scheduler(
-            args.lr_scheduler_type, self._optimizer, 0, args.max_steps, {"last_epoch": progress.step - 1}
-        )
+        scheduler = self._scheduler()
         if saved:
             set_random_state(saved[2][self.accelerator.process_index])  # last, for what was before may have drawn
         else:
@@ -195,66 +219,95 @@ class TintTrainer:
                 self._evaluate_state()
             with self.model.reuse_merged_weights():
                 self._fit_heads()
-        bar = self._bar("tinting", range(progress.step + 1, args.max_steps + 1))
-        for step in bar:
-            progress.step, last = step, step == args.max_steps
-            tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
-            for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
-                passes = [task for task in group for _ in range(args.gradient_accumulation_steps)]
-                # the guard's forwards by the start's coefficients would be kept beside
-                reuses = len(passes) > 1 and progress.guard is None
-                with self.model.reuse_merged_weights() if reuses else nullcontext():
-                    for task in passes:
-                        self._backward(task, next(batches[task]), args.gradient_accumulation_steps)
-                self._update()
-            with warnings.catch_warnings():  # of steps without an update, for which nothing was to learn
-                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                scheduler.step()
-            if step % args.logging_steps == 0 or last:
-                bar.set_postfix(progress.window.fetch().summary())
-                progress.collapsed = self._end_window()
-            if progress.collapsed:
-                break
-            if args.eval_steps and (step % args.eval_steps == 0 or last):
-                self._evaluate_state()
-            if args.save_steps and (step % args.save_steps == 0 or last):
-                self._save_checkpoint()
+        self._tell("on_train_begin")
+        with held_interrupt(bool(args.save_steps) and self.accelerator.num_processes == 1) as interrupted:
+            bar = self._bar("tinting", range(progress.step + 1, self.max_steps + 1))
+            for step in bar:
+                progress.step = step
+                self._tell("on_step_begin")
+                self._step(batches)
+                with warnings.catch_warnings():  # of steps without an update, for which nothing was to learn
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                    scheduler.step()
+                self._tell("on_step_end")
+                if self._end_step(bar, interrupted):
+                    break
+        if interrupted:
+            raise SystemExit(
+                f"Interrupted after step {progress.step}; `train(resume_from_checkpoint=True)` goes on from there."
+            )
         if args.load_best_model_at_end:
             best = progress.best
             self._log({"step": progress.step, "best_step": best.step, f"best_{args.metric_for_best_model}": best.value})
-            self._set_parameters(best.parameters)
+            self.updates.set(best.parameters)
+
+    def _scheduler(self):
+        args, steps = self.args, self.max_steps
+        name = args.lr_scheduler_type
+        name = "constant_with_warmup" if name == "constant" and args.warmup_steps else name
+        last = {"last_epoch": self.progress.step - 1}
+        return get_scheduler(name, self.updates.optimizer, args.warmup_steps, steps, last)
+
+    def _step(self, batches):
+        """Visits every task once, in random order."""
+        args, progress = self.args, self.progress
+        tasks = [list(batches)[i] for i in torch.randperm(len(batches), generator=progress.order)]
+        for group in [tasks] if args.update == "joint" else [[task] for task in tasks]:
+            passes = [task for task in group for _ in range(args.gradient_accumulation_steps)]
+            # the guard's forwards by the start's coefficients would be kept beside
+            reuses = len(passes) > 1 and progress.guard is None
+            with self.model.reuse_merged_weights() if reuses else nullcontext():
+                for task in passes:
+                    self._backward(task, next(batches[task]), args.gradient_accumulation_steps)
+            self.updates.step()
+
+    def _end_step(self, bar, interrupted: list) -> bool:
+        """Logs, evaluates and saves where it is time to; returns whether the training ends here before its end."""
+        args, progress, step = self.args, self.progress, self.progress.step
+        last = step == self.max_steps
+        if step % args.logging_steps == 0 or last:
+            bar.set_postfix(progress.window.fetch().summary())
+            progress.collapsed = self._end_window()
+        if progress.collapsed:
+            return True
+        if self.callbacks.take("should_evaluate") or (args.eval_steps and (step % args.eval_steps == 0 or last)):
+            self._evaluate_state()
+        stops = self.callbacks.take("should_training_stop") or bool(interrupted)
+        if self.callbacks.take("should_save") or (args.save_steps and (step % args.save_steps == 0 or last or stops)):
+            self._save_checkpoint()
+        return stops
 
     def _fit_heads(self):
-        """Each task's head by the objective, to the features that the merged model has at the start. Each process does
-        all of it."""
-        layers, losses = [layer for layer in self.model.head_layers if layer in self.model.tint_layers], []
-        if not (self.args.head_steps and layers):
+        """Each task's head, or final norm, by the objective, to the features that the merged model has at the start.
+        Each process does all of it."""
+        last, losses = heads.last_layer(self.rows), []
+        if not self.args.head_steps or last is None:
             return
+        layer, rest = last
         for task, dataset in self.train_dataset.items():
-            objective, head = self.rows.objectives[task], layers[-1]
-            if not objective.needs_expert:
+            objective = self.rows.objectives[task]
+            if not objective.needs_expert or length_of(dataset) is None:
                 continue
             self.model.set_task(task)
-            loader = self.batches.once(task, dataset, evaluating=False)
-            found = heads.features_of(self.rows, head, task, self._bar(f"features of {task}", loader, leave=False))
+            loader = self._bar(f"features of {task}", self.batches.once(task, dataset, evaluating=False), leave=False)
+            found = heads.features_of(self.rows, layer, rest, task, loader)
             if found is None:
                 continue
-            steps = self._bar(f"fitting the head of {task}", range(self.args.head_steps), leave=False)
-            loss = heads.fit(head, objective, *found, self._optimizer.param_groups[0]["initial_lr"], steps)
+            steps = self._bar(f"fitting the last layer of {task}", range(self.args.head_steps), leave=False)
+            loss = heads.fit(self.rows, layer, rest, task, objective, *found, self.updates.rate, steps)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
-                    f"The loss of the head of task {task!r} is {loss.item()}. Check its data for NaN, use a model in "
-                    "float32 (with `bf16=True`), or lower `learning_rate`."
+                    f"The loss of the last layer of task {task!r} is {loss.item()}. Check its data for NaN, use a "
+                    "model in float32 (with `bf16=True`), or lower `learning_rate`."
                 )
             losses.append(loss.item())
-            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            _set({parameter: broadcast(parameter.data) for parameter in parameters})  # rounded alike in all processes
+        self.updates.share()
         if losses:
             self._log({"step": 0, "head_loss": float(np.mean(losses))})
 
     def _end_window(self) -> bool:
         """Logs the measures since the last entry. Goes back to the best state and returns True if a task collapsed."""
-        progress = self._progress
+        progress = self.progress
         window, progress.window = progress.window.fetch(), Window()
         for task, losses in window.values.get("loss", {}).items():
             if not np.isfinite(losses).all():
@@ -272,9 +325,9 @@ class TintTrainer:
         if not start:
             return False
         gains, guard = {task: agreement[task] - start[task] for task in start}, progress.guard
-        collapsed = guard.collapsed(gains, progress.step, self._copy_parameters())
+        collapsed = guard.collapsed(gains, progress.step, self.updates.copy())
         if collapsed:
-            self._set_parameters(guard.best.parameters)
+            self.updates.set(guard.best.parameters)
             falls = {f"collapse_{task}": -gains[task] for task in collapsed}
             self._log({"step": progress.step, "best_step": guard.best.step, **falls})
         return bool(collapsed)
@@ -296,17 +349,17 @@ class TintTrainer:
                     f"`batch[{name!r}]` is a {type(value).__name__}; it must be a tensor, as a data collator or a "
                     "tokenizer with `return_tensors='pt'` gives it. Leave out what the model does not take."
                 )
-        if self._optimizer is None:
+        if self.updates is None:
             self._prepare()
         used = lambda name: self.rows.kind in BY_LABELS or name not in LABELS  # noqa: E731
         samples = {name: value.to(self.accelerator.device) for name, value in batch.items() if used(name)}
-        progress, args = self._progress, self.args
+        progress, args = self.progress, self.args
         if progress.collapsed:
             self.model.set_task(task)
             with torch.no_grad():
                 return self.rows.forward(task, samples).output.raw.float()
         logits = self._backward(task, samples, 1)
-        self._update()
+        self.updates.step()
         progress.step += 1
         if progress.step % args.logging_steps == 0:
             progress.collapsed = self._end_window()
@@ -315,46 +368,16 @@ class TintTrainer:
 
     def _prepare(self):
         """Makes the optimizer, and what goes on beside it."""
-        parameters = list(self._parameters().values())
-        if not parameters:
-            raise ValueError(
-                "Nothing in the model is trainable. If it was loaded by `from_pretrained`, pass `is_trainable=True`."
-            )
-        if any(isinstance(parameter, DTensor) for parameter in parameters):
-            raise ValueError(
-                "Parameters that train are sharded. Pass them to `fully_shard` as `ignored_params`, so that it shards "
-                "the base alone."
-            )
-        args, lr = self.args, self.args.learning_rate
-        if lr is None:
-            tint_layers = self.model.tint_layers
-            lr = 3e-3 if tint_layers and all(layer in self.model.head_layers for layer in tint_layers) else 1e-3
-        groups = [{"params": parameters, "initial_lr": lr}]  # by which a scheduler goes on
-        betas = args.adam_beta1, args.adam_beta2
-        optimizer = torch.optim.Adam(groups, lr, betas, args.adam_epsilon, fused=True)
+        args = self.args
         self.model.eval()
-        layers = (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer))
-        self._checkpointed = [layer for layer in layers if layer.gradient_checkpointing]
-        # Not the model, for DDP: what trains is small, so one exchange an update does, and a step leaves tint layers of
-        # other tasks without a gradient, which DDP takes for an error
-        self._optimizer = self.accelerator.prepare_optimizer(optimizer)
-        _set({parameter: broadcast(parameter.data) for parameter in parameters})
-        self._loss_since_update = 0.0
-        self._progress = _Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
+        self.updates = Updates(self.model, args, self.accelerator)
+        self.progress = Progress(torch.Generator().manual_seed(args.seed), self.model.coefficients().values)
         if args.collapse_guard is not None:
-            self._progress.guard = CollapseGuard(args.collapse_guard, self._copy_parameters())
-
-    def _parameters(self):
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    def _copy_parameters(self):
-        return {name: parameter.detach().cpu().clone() for name, parameter in self._parameters().items()}
-
-    def _set_parameters(self, values):
-        _set({parameter: values[name] for name, parameter in self._parameters().items()})
+            self.progress.guard = CollapseGuard(args.collapse_guard, self.updates.copy())
+        self._checkpointed = checkpointed(self.model)
 
     def _finish(self):
-        self._optimizer = None
+        self.updates = None
         self.accelerator.free_memory()
         if self.args.report_to != "none":
             self.accelerator.end_training()
@@ -362,28 +385,27 @@ class TintTrainer:
     def _backward(self, task, batch, share):
         """Adds the gradients of one batch, and its measures to those of the window; returns its logits."""
         self.model.set_task(task)
-        progress = self._progress
-        needs_expert = self.rows.objectives[task].needs_expert or progress.guard is not None
-        expert_rows = self.rows.of_expert(task, batch) if needs_expert else batch.get(EXPERT_ROWS)
+        rows, progress = self.rows, self.progress
+        needs_expert = rows.objectives[task].needs_expert or progress.guard is not None
+        expert_rows = rows.of_expert(task, batch) if needs_expert else batch.get(EXPERT_ROWS)
         start_rows = self._start_rows(task, batch) if progress.guard is not None else None
-        with _checkpointing(self._checkpointed):
-            output, compared = self.rows.forward(task, batch)
-        rows = compared.rows()
-        objective = self.rows.objective(task, output)
+        with checkpointing(self._checkpointed):
+            output, compared = rows.forward(task, batch)
+        ours = compared.rows()
+        objective = rows.objective(task, output)
         if expert_rows is not None:
-            self.rows.check(task, rows, expert_rows)
-        rows, expert_rows = self._of_all_processes(rows), self._of_all_processes(expert_rows)
-        loss = objective(rows, expert_rows, None)
-        self.accelerator.backward(loss / share)
-        self._loss_since_update += loss.detach().abs()
+            expert_rows = rows.match(task, ours, expert_rows)
+        ours, expert_rows = rows.of_all_processes(ours), rows.of_all_processes(expert_rows)
+        loss = objective(ours, expert_rows, None)
+        self.updates.add(loss, share)
         progress.window.add(task, loss=loss)
         if objective.kept is not None:
-            progress.window.add(task, kept=objective.kept(rows, expert_rows).float().mean())
-        if expert_rows is not None and len(rows) and self.rows.compares_classes(task, output):
-            predicted, expected = rows.argmax(-1), expert_rows.argmax(-1)
+            progress.window.add(task, kept=objective.kept(ours, expert_rows).float().mean())
+        if expert_rows is not None and len(ours) and rows.compares_classes(task, output):
+            predicted, expected = ours.argmax(-1), expert_rows.argmax(-1)
             progress.window.add(task, agreement=_share_equal(predicted, expected))
-            if self.rows.kind != "span":  # whose classes are the tokens of a batch
-                progress.window.add_classes(task, predicted, expected, rows.shape[-1])
+            if rows.kind != "span":  # whose classes are the tokens of a batch
+                progress.window.add_classes(task, predicted, expected, ours.shape[-1])
             if start_rows is not None:
                 progress.window.add(task, start_agreement=_share_equal(start_rows.argmax(-1), expected))
         return output.raw.detach().float()
@@ -391,58 +413,20 @@ class TintTrainer:
     @torch.no_grad()
     def _start_rows(self, task, batch):
         """What the parameters of the start give for a batch."""
-        parameters = self._parameters()
+        parameters = self.updates.parameters()
         now = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            for name, value in self._progress.guard.start.parameters.items():
+            for name, value in self.progress.guard.start.parameters.items():
                 parameters[name].data = value.to(now[name].device)
-            return self._of_all_processes(self.rows.forward(task, batch).compared.rows())
+            return self.rows.of_all_processes(self.rows.forward(task, batch).compared.rows())
         finally:
             for name, value in now.items():
                 parameters[name].data = value
 
-    def _of_all_processes(self, rows):
-        """The rows of all processes, in the order of one process's batch; ours keep their graph.
-
-        A mean over the pseudo-labels kept is one over those of all processes, of which each keeps another number."""
-        if rows is None or self.accelerator.num_processes == 1:
-            return rows
-        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-        padded = F.pad(rows.detach(), (0, 0, 0, max(counts) - len(rows)))
-        gathered = self.accelerator.gather(padded).view(len(counts), max(counts), *rows.shape[1:])
-        parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
-        parts[self.accelerator.process_index] = rows
-        return torch.cat(parts)
-
-    def _sum_gradients(self):
-        """Makes the gradients those of the loss of all processes, of which each has the part of its own rows."""
-        if self.accelerator.num_processes > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            summed = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-
-    def _update(self):
-        """Nothing is asked of the device here, for the answer would have to be waited for."""
-        # A loss of exactly zero is one for which no pseudo-label was kept. There is nothing to learn from it, but
-        # Adam would still move by its momentum.
-        loss, optimizer = self._loss_since_update, self._optimizer.optimizer
-        skipped = (~(loss > 0) | loss.isinf()).float()  # NaN too
-        self._sum_gradients()
-        if self.accelerator.scaler is None:
-            optimizer.found_inf = skipped  # as a GradScaler has the fused Adam leave an update out
-            self._optimizer.step()
-            del optimizer.found_inf
-        elif not skipped:
-            self._optimizer.step()
-        # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
-        self._optimizer.zero_grad(set_to_none=True)
-        self._loss_since_update = 0.0
-
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset: dict[str, Dataset] | None = None) -> dict[str, dict[str, float]]:
+    def evaluate(self, eval_dataset: dict[str, Dataset] | Dataset | None = None) -> dict[str, dict[str, float]]:
         """Metrics of each task, and their means as the entry "mean".
 
         `agreement` is how often the merged model predicts the expert's class, or says yes or no to a label as the
@@ -453,14 +437,14 @@ class TintTrainer:
         spans. `compute_metrics` takes their place. Positions labelled -100 do not count, nor do segmentation's
         `semantic_loss_ignore_index`. Raises ValueError for labels that cannot be compared with the output.
         """
-        datasets = _checked("eval_dataset", eval_dataset, self.model.tasks) or self.eval_dataset
+        datasets = by_task("eval_dataset", eval_dataset, self.model.tasks) or self.eval_dataset
         if not datasets:
             raise ValueError("`eval_dataset` is missing; give {task: Dataset}.")
         before, results, compute = self.model.task, {}, self.compute_metrics
         compute = compute if isinstance(compute, dict) else dict.fromkeys(datasets, compute)
         # a metric of the user's gets the logits of all tokens
         loaders = {task: self.batches.shared(task, data, compute.get(task) is None) for task, data in datasets.items()}
-        batches = sum(map(len, loaders.values()))
+        batches = sum(length_of(loader) or 0 for loader in loaders.values()) or None
         with self.model.reuse_merged_weights(), self._bar("evaluating", total=batches, leave=False) as bar:
             try:
                 for task, loader in loaders.items():
@@ -472,8 +456,10 @@ class TintTrainer:
 
     def _evaluate_state(self):
         """Evaluates and logs the present state, and keeps it if it is the best."""
-        results, step, best = self.evaluate(), self._progress.step, self._progress.best
-        self._log({"step": step, **{f"eval_{task}_{k}": v for task, m in results.items() for k, v in m.items()}})
+        results, step, best = self.evaluate(), self.progress.step, self.progress.best
+        found = {f"eval_{task}_{name}": value for task, own in results.items() for name, value in own.items()}
+        self._log({"step": step, **found})
+        self._tell("on_evaluate", metrics=found | {f"eval_{name}": value for name, value in results["mean"].items()})
         if not self.args.load_best_model_at_end:
             return
         name = self.args.metric_for_best_model
@@ -482,7 +468,7 @@ class TintTrainer:
             raise ValueError(f"`metric_for_best_model` is {name!r}; there are: {known}.")
         value = results["mean"][name]
         if best is None or (value > best.value if self.args.greater_is_better else value < best.value):
-            self._progress.best = Snapshot(step, value, self._copy_parameters())
+            self.progress.best = Snapshot(step, value, self.updates.copy())
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -521,28 +507,9 @@ class TintTrainer:
         return {"processing_class": self.processing_class, "training": settings if steps else None}
 
     def _save_checkpoint(self):
-        args, progress = self.args, self._progress
-        names, optimizer = list(self._parameters()), self._optimizer.state_dict()["state"]
-        tensors = {
-            "parameters": self._parameters(),
-            "optimizer": {f"{key}/{names[i]}": v for i, values in optimizer.items() for key, v in values.items()},
-            "progress": {"order": progress.order.get_state(), "coefficients": progress.coefficients},
-        }
-        state = {
-            "settings": self._settings(),
-            "step": progress.step,
-            "loss": progress.loss,
-            "batches": progress.batches,
-            "window": asdict(progress.window.fetch()),
-            "log_history": self.log_history,
-        }
-        if progress.best is not None:
-            tensors["best"] = progress.best.parameters
-            state["best"] = progress.best.step, progress.best.value
-        for name in ("start", "best", "latest") if progress.guard is not None else ():
-            snapshot = getattr(progress.guard, name)
-            tensors[f"guard_{name}"] = snapshot.parameters
-            state[f"guard_{name}"] = snapshot.step, snapshot.value
+        args, progress = self.args, self.progress
+        tensors, state = progress.save()
+        state |= {"settings": self._settings(), "log_history": self.log_history}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         random_states = gather_object([random_state()])
@@ -550,62 +517,42 @@ class TintTrainer:
             with new_folder(os.path.join(args.output_dir, f"checkpoint-{progress.step}")) as folder:
                 self.model.save_pretrained(folder)
                 self._save_processing_class(folder)
-                write_state(folder, tensors, state, random_states)
+                write_state(folder, tensors | self.updates.tensors(), state, random_states)
             remove_old_checkpoints(args.output_dir, args.save_total_limit)
         self.accelerator.wait_for_everyone()
+        self._tell("on_save")
 
     def _read_checkpoint(self, folder):
         """What `_save_checkpoint` saved of this very training: tensors, state, and random states of the processes."""
         tensors, state, random_states = read_state(folder)
-        settings = state["settings"]
-        for name, value in self._settings().items():
-            if settings.get(name) != value:
-                before = repr(settings[name]) if name in settings else "a version that did not know it"
-                raise ValueError(
-                    f"{name} is {value!r}, and {folder!r} was made with {before}. Resume with the same, or start anew."
-                )
-        shapes = {name: parameter.shape for name, parameter in self._parameters().items()}
-        saved = {name: value.shape for name, value in tensors["parameters"].items()}
-        for name in shapes.keys() | saved.keys():
-            if shapes.get(name) != saved.get(name):
-                raise ValueError(f"{folder!r} is of another model: they differ in {name!r}.")
-        if state["step"] > self.args.max_steps:
-            raise ValueError(f"`max_steps` is {self.args.max_steps}, and {folder!r} is of step {state['step']}.")
+        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        check_settings(folder, state["settings"], self._settings(), tensors["parameters"], parameters)
+        if state["step"] > self.max_steps:
+            raise ValueError(f"`max_steps` is {self.max_steps}, and {folder!r} is of step {state['step']}.")
         return tensors, state, random_states
+
+    def _load_state(self, tensors, state):
+        self.updates.load(tensors)
+        self.progress.load(tensors, state)
+        self.log_history = state["log_history"]
+        if "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _settings(self):
         """What decides a training and must be the same when it is resumed, as JSON has it. Of the data the number of
         samples: their fingerprints may be random."""
         config = self.model.peft_config[self.model.active_adapter].to_dict()
         # the rate of a step that falls to zero is decided by the last one
-        names = DECISIVE if self.args.lr_scheduler_type == "constant" else (*DECISIVE, "max_steps")
+        last = {} if self.args.lr_scheduler_type == "constant" else {"`max_steps`": self.max_steps}
         return {
-            **{f"`{name}`": getattr(self.args, name) for name in names},
+            **{f"`{name}`": getattr(self.args, name) for name in DECISIVE},
+            **last,
             **{f"`{name}` of the model": config[name] for name in DECISIVE_OF_MODEL},
             "the objective": self.rows.objective_names,
-            "the number of samples of each task": [[task, len(d)] for task, d in self.train_dataset.items()],
+            "the number of samples of each task": [[task, length_of(d)] for task, d in self.train_dataset.items()],
             "the number of processes": self.accelerator.num_processes,
             "the precision": self.precision,
         }
-
-    def _load_state(self, tensors, state):
-        self._set_parameters(tensors["parameters"])
-        names, entries = list(self._parameters()), {}
-        for key, value in tensors.get("optimizer", {}).items():
-            kind, _, name = key.partition("/")
-            entries.setdefault(names.index(name), {})[kind] = value
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": entries})
-        progress = self._progress
-        progress.order.set_state(tensors["progress"]["order"])
-        progress.coefficients = tensors["progress"]["coefficients"]
-        progress.step, progress.loss, progress.batches = state["step"], state["loss"], state["batches"]
-        progress.window, self.log_history = Window(**state["window"]), state["log_history"]
-        if "best" in state:
-            progress.best = Snapshot(*state["best"], tensors["best"])
-        for name in ("start", "best", "latest") if progress.guard is not None else ():
-            setattr(progress.guard, name, Snapshot(*state[f"guard_{name}"], tensors[f"guard_{name}"]))
-        if "scaler" in state:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     # ---- beside ------------------------------------------------------------------------------------------------------
 
@@ -618,73 +565,17 @@ class TintTrainer:
     def _log(self, logs):
         self.log_history.append(logs)
         self.accelerator.log({k: v for k, v in logs.items() if k not in ("step", "precision")}, step=logs["step"])
-        for callback in self.callbacks:
+        if not self._is_quiet():
+            of_tasks = tuple(f"_{task}" for task in self.model.tasks)
+            shown = {k: v for k, v in logs.items() if k != "precision" and not k.endswith(of_tasks)}
+            shown |= {k: float(f"{v:.4g}") for k, v in shown.items() if not isinstance(v, int)}
+            tqdm.write(str(shown), file=sys.stderr)
+        for callback in self.callbacks.functions:
             callback(self, logs)
+        self._tell("on_log", logs=logs)
 
-
-def _checked(name, datasets, tasks):
-    if not isinstance(datasets, dict | None):
-        raise ValueError(f"`{name}` is a {type(datasets).__name__}; it must be {{task: Dataset}}.")
-    for task, dataset in (datasets or {}).items():
-        if task not in tasks:
-            known = ", ".join(map(repr, tasks))
-            raise ValueError(f"`{name}` has the task {task!r}, which the model does not have. Its tasks: {known}.")
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"`{name}[{task!r}]` is a {type(dataset).__name__}; it must be a `datasets.Dataset`. "
-                "For a stream, call `trainer.step(task, batch)`."
-            )
-        if len(dataset) == 0:
-            raise ValueError(f"`{name}[{task!r}]` is empty; leave the task out or give it samples.")
-    return datasets
-
-
-@dataclass
-class _Progress:
-    """What goes on in a training beside the parameters, the optimizer and the log."""
-
-    order: torch.Generator  # of the tasks in a step
-    coefficients: torch.Tensor  # at the start, (tasks, units)
-    step: int = 0
-    loss: float = 0.0  # summed over the batches of the log's entries
-    batches: int = 0
-    window: Window = field(default_factory=Window)
-    best: Snapshot | None = None  # by evaluation
-    guard: CollapseGuard | None = None
-    collapsed: bool = False
-
-
-@torch.no_grad()
-def _set(values):
-    """Not by `parameter.data`, in which nobody could see that the parameter has changed."""
-    for parameter, value in values.items():
-        parameter.copy_(value)
-
-
-@contextmanager
-def _checkpointing(layers):
-    """transformers checkpoints layers in training mode only. Ours say they are, and are not while they run."""
-    functions = [layer._gradient_checkpointing_func for layer in layers]
-    try:
-        for layer, function in zip(layers, functions, strict=True):
-            layer.training = True
-            layer._gradient_checkpointing_func = partial(_checkpoint, layer, function)
-        yield
-    finally:
-        for layer, function in zip(layers, functions, strict=True):
-            layer.training = False
-            layer._gradient_checkpointing_func = function
-
-
-def _checkpoint(layer, checkpoint, forward, *args):
-    def forward_in_evaluation(*args):
-        before, layer.training = layer.training, False
-        try:
-            return forward(*args)
-        finally:
-            layer.training = before
-
-    return checkpoint(forward_in_evaluation, *args)
+    def _tell(self, event, **more):
+        self.callbacks.call(event, self, **more)
 
 
 def _share_equal(ours, theirs):
