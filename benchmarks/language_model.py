@@ -42,8 +42,7 @@ from peft_tint import OBJECTIVES, TintConfig, TintTrainer, TintTrainingArguments
 PROMPTS = {"movies": " Sentiment:", "bbc": " Topic:", "debsection": " Section:", "reuters8": " Subject:"}
 MAX_TOKENS = 24  # of text and prompt
 # Numbers of samples of a task: of train, what the experts do not see, of which a seed takes ADAPT to adapt; of test
-POOL, VALIDATION, ADAPT, TEST = 500, 100, 240, 500
-TRAINING = {"max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+POOL, VALIDATION, ADAPT, TEST = 500, 100, 160, 500
 
 
 def main():
@@ -180,7 +179,7 @@ class Bench:
         for name, parameter in model.named_parameters():
             if config.get("coefficient_init") == 0 and "tint_coefficients" in name:
                 parameter.requires_grad_(False)  # the control: layers on the plain base
-        arguments = TintTrainingArguments(os.path.join(self.args.experts, "out"), seed=seed, **TRAINING | training)
+        arguments = TintTrainingArguments(os.path.join(self.args.experts, "out"), seed=seed, **training)
         trainer = TintTrainer(model, arguments, self.unlabelled(seed), processing_class=self.tokenizer)
         trainer.train()
 
@@ -206,10 +205,10 @@ class Bench:
     def step_cost(self, repeats=5):
         """CPU time of forward and backward over that of a LoRA's, sums over the tasks of medians, measured in turn."""
         models = {"lora": PeftModel.from_pretrained(self.base(), self.experts["bbc"], is_trainable=True)}
-        for name, layers in (("coefficients", []), ("coefficients and norm", ["model.norm"])):
+        for name, layers in (("coefficients", []), ("coefficients and norm", None)):
             models[name] = get_peft_model(self.base(), TintConfig(experts=self.experts, tint_layer=layers))
         seconds = dict.fromkeys(models, 0.0)
-        size = TRAINING["per_device_train_batch_size"]
+        size = STEPS["per_device_train_batch_size"]
         for task, splits in self.splits.items():
             batch = self.collate([splits["pool"][i] for i in range(size)])
             answers, expected = batch.pop("labels"), self.expert_answers[task][:size]
@@ -309,13 +308,15 @@ ADAPTERS = {  # PEFT's
     "svd": {"weight": 0.3},
     "cat": {"weight": 0.3},
 }
-NORM = ["model.norm"]
+STEPS = {"max_steps": 20, "per_device_train_batch_size": 8, "coefficient_learning_rate": 3e-2}
+NORM = {"learning_rate": 3e-2, "head_steps": 100}
+CONTROL = NORM | {"head_steps": 120, "max_steps": 0}  # as many updates of the norm
 ROWS = {
     "base": (Bench.no_merge, {"of": "base"}),
     "experts": (Bench.no_merge, {"of": "experts"}),
-    "coefficients": (Bench.tint, {"config": {"tint_layer": []}, "training": {}}),
-    "coefficients and norm": (Bench.tint, {"config": {"tint_layer": NORM}, "training": {}}),
-    "norm on the base": (Bench.tint, {"config": {"tint_layer": NORM, "coefficient_init": 0.0}, "training": {}}),
+    "coefficients": (Bench.tint, {"config": {"tint_layer": []}, "training": STEPS}),
+    "coefficients and norm": (Bench.tint, {"config": {}, "training": STEPS | NORM}),
+    "norm on the base": (Bench.tint, {"config": {"coefficient_init": 0.0}, "training": CONTROL}),
     **{name: (Bench.merge, {"method": name, **kwargs}) for name, kwargs in MERGES.items()},
     **{f"peft {n}": (Bench.add_weighted_adapter, {"combination_type": n, **kwargs}) for n, kwargs in ADAPTERS.items()},
 }
