@@ -21,28 +21,26 @@ import os
 import statistics
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     print("Loading PyTorch and transformers", flush=True)
 
-import accelerate
-import datasets
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from language_tasks import PROMPTS, collate, finetune, load_task
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from suites import describe
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_tint
-from peft_tint import OBJECTIVES, TintConfig, TintTrainer, TintTrainingArguments, bf16_is_native
+from peft_tint import MERGING_METHODS, OBJECTIVES, TintConfig, TintTrainer, TintTrainingArguments, bf16_is_native
 
-PROMPTS = {"movies": " Sentiment:", "bbc": " Topic:", "debsection": " Section:", "reuters8": " Subject:"}
-MAX_TOKENS = 24  # of text and prompt
-# Numbers of samples of a task: of train, what the experts do not see, of which a seed takes ADAPT to adapt; of test
-POOL, VALIDATION, ADAPT, TEST = 500, 100, 160, 500
+ADAPT = 160  # unlabelled samples of a task
+SCALES = 0.3, 0.6, 1.0  # of data-free merges, of which validation chooses one
 
 
 def main():
@@ -56,9 +54,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "language_model.json")
     args = parser.parse_args()
-    rows = [
-        (name, seed) for i, seed in enumerate(args.seeds) for name in args.rows if i == 0 or ROWS[name][0] in SEEDED
-    ]
+    first = args.seeds[0]
+    rows = [(name, seed) for seed in args.seeds for name in args.rows if seed == first or name in SEEDED]
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries, about each other
     bench = Bench(args)
@@ -95,84 +92,89 @@ class Bench:
     def __init__(self, args):
         self.args, self.tokenizer = args, AutoTokenizer.from_pretrained(args.model, padding_side="left")
         self.splits = {task: load_task(args, self.tokenizer, task) for task in PROMPTS}
+        self.collate = partial(collate, self.tokenizer)
         self.experts = {task: finetune(args, task, self.splits[task]["train"], self.collate) for task in PROMPTS}
         self.expert_answers = {task: self.answers_of_expert(task) for task in PROMPTS}
 
     def base(self):
         return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32).eval()
 
-    def collate(self, samples):
-        """The answer's logits are those of the last token, for padding is on the left."""
-        prompts = DataCollatorWithPadding(self.tokenizer)([{"input_ids": sample["input_ids"]} for sample in samples])
-        return {**prompts, "labels": torch.tensor([sample["answer"] for sample in samples]), "logits_to_keep": 1}
-
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def run(self, make, seed, settings):
         started = time.process_time()
-        predict = make(self, seed, **settings)
-        seconds = time.process_time() - started
-        tasks = {task: self.measure(task, predict) for task in PROMPTS}
+        made = make(self, seed, **settings)
+        further = {"cpu_s": round(time.process_time() - started, 1)}
+        if make in (Bench.merge, Bench.add_weighted_adapter) and isinstance(made, torch.nn.Module):
+            further["scale"] = self.choose_scale(made)
+        tasks = {task: self.measure(task, made) for task in PROMPTS}
         means = {name: sum(task[name] for task in tasks.values()) / len(tasks) for name in tasks["bbc"]}
-        return {**means, "cpu_s": round(seconds, 1), "tasks": tasks}
+        return {**means, **further, "tasks": tasks}
 
-    def measure(self, task, predict):
+    def measure(self, task, made):
         expected = self.expert_answers[task]
-        found = self.answers(task, predict) if predict else expected
+        found = expected if made is None else self.answers(task, made)
+        scores, of_expert = self.accuracies(task, found), self.accuracies(task, expected)
         kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
-        (among, anywhere), of_expert = self.accuracies(task, found), self.accuracies(task, expected)
-        return {
-            "accuracy": among,
-            "normalised": among / of_expert[0],
-            "all_words": anywhere / of_expert[1],
-            "kl": kl,
-        }
+        normalised, all_words = (score / most for score, most in zip(scores, of_expert, strict=True))
+        return {"accuracy": scores[0], "normalised": normalised, "all_words": all_words, "kl": kl}
 
-    def accuracies(self, task, log_p):
-        tokens, answers = torch.tensor(self.splits[task]["tokens"]), torch.tensor(self.splits[task]["test"]["answer"])
+    def accuracies(self, task, log_p, split="test"):
+        """Among the classes' tokens, and among all."""
+        tokens, answers = torch.tensor(self.splits[task]["tokens"]), torch.tensor(self.splits[task][split]["answer"])
         choices = tokens[log_p[:, tokens].argmax(-1)], log_p.argmax(-1)
         return [(choice == answers).float().mean().item() for choice in choices]
 
     @torch.no_grad()
-    def answers(self, task, predict, split="test"):
+    def choose_scale(self, model):
+        """Sets the model to the base plus the multiple of its change that has the best accuracy on validation."""
+        base, best = self.base().state_dict(), (-1.0, None)
+        changes = {name: weight - base[name] for name, weight in model.state_dict().items()}
+        for scale in SCALES:
+            model.load_state_dict({name: base[name] + scale * change for name, change in changes.items()})
+            found = [self.accuracies(t, self.answers(t, model, "validation"), "validation")[0] for t in PROMPTS]
+            best = max(best, (sum(found), scale))
+        model.load_state_dict({name: base[name] + best[1] * change for name, change in changes.items()})
+        return best[1]
+
+    @torch.no_grad()
+    def answers(self, task, made, split="test"):
         """log p of all tokens at the answer, (samples, tokens)."""
-        found = []
+        model, found = made[task] if isinstance(made, dict) else made, []
+        if hasattr(model, "set_task"):
+            model.set_task(task)
         for batch in DataLoader(self.splits[task][split], 50, collate_fn=self.collate):
             del batch["labels"]
             with torch.autocast("cpu", torch.bfloat16, bf16_is_native()):
-                found.append(predict(task, {**batch, "use_cache": False}).logits[:, -1])
+                found.append(model(**batch, use_cache=False).logits[:, -1])
         return torch.cat(found).float().log_softmax(-1)
 
     def answers_of_expert(self, task):
         file = os.path.join(self.experts[task], "answers.safetensors")
         if not os.path.exists(file):
             expert = PeftModel.from_pretrained(self.base(), self.experts[task]).merge_and_unload()
-            save_file({"log_p": self.answers(task, lambda task, batch: expert(**batch))}, file)
+            save_file({"log_p": self.answers(task, expert)}, file)
         return load_file(file)["log_p"]
 
-    # ---- rows: each makes `predict(task, batch)`, None for the experts themselves ------------------------------------
+    # ---- rows: what each makes is a model, {task: model}, or None for the experts themselves ------------------------
 
     def no_merge(self, seed, of):
-        model = self.base()
-        return None if of == "experts" else lambda task, batch: model(**batch)
+        return None if of == "experts" else self.base()
 
     def merge(self, seed, method, **kwargs):
         if "dare" in method:
             kwargs["seed"] = seed
-        merged = peft_tint.merge(self.base(), self.experts, method, **kwargs)
-        models = merged if isinstance(merged, dict) else dict.fromkeys(PROMPTS, merged)
-        return lambda task, batch: models[task](**batch)
+        return peft_tint.merge(self.base(), self.experts, method, **kwargs)
 
-    def add_weighted_adapter(self, seed, weight, **kwargs):
+    def add_weighted_adapter(self, seed, **kwargs):
         torch.manual_seed(seed)
         first, *others = self.experts
         model = PeftModel.from_pretrained(self.base(), self.experts[first], adapter_name=first)
         for task in others:
             model.load_adapter(self.experts[task], adapter_name=task)
-        model.add_weighted_adapter(list(self.experts), [weight] * len(self.experts), "merged", **kwargs)
+        model.add_weighted_adapter(list(self.experts), [1.0] * len(self.experts), "merged", **kwargs)
         model.set_adapter("merged")
-        merged = model.merge_and_unload()
-        return lambda task, batch: merged(**batch)
+        return model.merge_and_unload()
 
     def tint(self, seed, config, training):
         model = get_peft_model(self.base(), TintConfig(experts=self.experts, **config))
@@ -180,14 +182,8 @@ class Bench:
             if config.get("coefficient_init") == 0 and "tint_coefficients" in name:
                 parameter.requires_grad_(False)  # the control: layers on the plain base
         arguments = TintTrainingArguments(os.path.join(self.args.experts, "out"), seed=seed, **training)
-        trainer = TintTrainer(model, arguments, self.unlabelled(seed), processing_class=self.tokenizer)
-        trainer.train()
-
-        def predict(task, batch):
-            model.set_task(task)
-            return model(**batch)
-
-        return predict
+        TintTrainer(model, arguments, self.unlabelled(seed), processing_class=self.tokenizer).train()
+        return model
 
     def unlabelled(self, seed):
         """Prompts, with the end of text in place of an answer, where alone a label says that something counts."""
@@ -229,85 +225,6 @@ class Bench:
         return {"lora_cpu_s": lora, **{name: s / lora for name, s in seconds.items()}}
 
 
-def load_task(args, tokenizer, task):
-    """The splits, in which `answer` is the token to be said; and each class's token."""
-    files = {split: os.path.join(args.data, task, f"{split}.parquet") for split in ("train", "test")}
-    data = datasets.load_dataset("parquet", data_files=files)
-    names = data["test"].features["label"].names
-    tokens = [tokenizer(f" {name}")["input_ids"][0] for name in names]
-    assert len({*tokens}) == len(tokens), f"two classes of {task} begin with the same token"
-    prompt = tokenizer(PROMPTS[task])["input_ids"]
-
-    def encode(rows):
-        texts = tokenizer(rows["text"], truncation=True, max_length=MAX_TOKENS - len(prompt))["input_ids"]
-        ids = [text + prompt for text in texts]
-        return {"input_ids": ids, "length": [len(row) for row in ids], "answer": [tokens[i] for i in rows["label"]]}
-
-    data = data.map(encode, batched=True, remove_columns=["text", "label"]).shuffle(seed=0)
-    train, ends = data["train"], (POOL, POOL + VALIDATION)
-    return {
-        "train": train.select(range(ends[1], len(train))),
-        "pool": train.select(range(ends[0])),
-        "validation": train.select(range(*ends)).sort("length"),
-        "test": data["test"].select(range(TEST)).sort("length"),
-        "tokens": tokens,
-    }
-
-
-def finetune(args, task, data, collate):
-    """Fine-tunes a LoRA on the task, unless its folder is there. Returns the folder."""
-    folder = os.path.join(args.experts, task)
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
-        return folder
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=16,
-        max_steps=args.finetune_steps,
-        learning_rate=1e-3,
-        warmup_steps=10,
-        bf16=bf16_is_native(),
-        use_cpu=accelerate.PartialState().device.type == "cpu",
-        train_sampling_strategy="group_by_length",
-        report_to="none",
-        save_strategy="no",
-        logging_steps=10,
-        remove_unused_columns=False,
-    )
-
-    def loss(outputs, labels, **_):
-        return F.cross_entropy(outputs.logits[:, -1].float(), labels)
-
-    Trainer(model, arguments, train_dataset=data, data_collator=collate, compute_loss_func=loss).train()
-    model.save_pretrained(folder)
-    return folder
-
-
-MERGES = {
-    "task_arithmetic": {"scale": 0.3},
-    "ties": {},
-    "tsv": {},
-    "iso_c": {},
-    "average": {},
-    "iso_cts": {},
-    "wudi": {},
-    "dare_ties": {},
-    "magnitude": {"scale": 0.3},
-    "consensus": {"scale": 0.3},
-    "dare": {"scale": 0.3},
-    "lines": {},
-    "karcher": {},
-}
-ADAPTERS = {  # PEFT's
-    "linear": {"weight": 1.0},
-    "ties": {"weight": 1.0, "density": 0.2},
-    "dare_ties": {"weight": 1.0, "density": 0.5},
-    "magnitude_prune": {"weight": 1.0, "density": 0.5},
-    "svd": {"weight": 0.3},
-    "cat": {"weight": 0.3},
-}
 STEPS = {"max_steps": 20, "per_device_train_batch_size": 8, "coefficient_learning_rate": 3e-2}
 NORM = {"learning_rate": 3e-2, "head_steps": 100}
 CONTROL = NORM | {"head_steps": 120, "max_steps": 0}  # as many updates of the norm
@@ -317,8 +234,12 @@ ROWS = {
     "coefficients": (Bench.tint, {"config": {"tint_layer": []}, "training": STEPS}),
     "coefficients and norm": (Bench.tint, {"config": {}, "training": STEPS | NORM}),
     "norm on the base": (Bench.tint, {"config": {"coefficient_init": 0.0}, "training": CONTROL}),
-    **{name: (Bench.merge, {"method": name, **kwargs}) for name, kwargs in MERGES.items()},
-    **{f"peft {n}": (Bench.add_weighted_adapter, {"combination_type": n, **kwargs}) for n, kwargs in ADAPTERS.items()},
+    **{name: (Bench.merge, {"method": name}) for name in MERGING_METHODS if name != "slerp"},  # which takes two
+    **{f"peft {name}": (Bench.add_weighted_adapter, {"combination_type": name}) for name in ("linear", "svd", "cat")},
+    **{
+        f"peft {name}": (Bench.add_weighted_adapter, {"combination_type": name, "density": 0.5})
+        for name in ("ties", "dare_ties", "magnitude_prune")
+    },
 }
 SEEDED = ("coefficients", "coefficients and norm", "norm on the base", "dare_ties", "dare", "peft dare_ties")
 
