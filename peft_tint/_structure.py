@@ -24,8 +24,8 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, *PARAMETER_CONTAINERS)
 # How models that do not keep their backbone under `base_model_prefix` (CLIP, SigLIP) name their head.
 HEAD_NAMES = ("classifier", "score", "classification_head", "qa_outputs")
 # How decoders name the norm after their last block. Some (BART's) have one before the first and none after the last.
-FINAL_NORMS = {"norm", "norm_f", "ln_f", "ln_out", "out_norm", "layer_norm", "embedding_norm"}
-FINAL_NORMS |= {"final_norm", "final_layernorm", "final_layer_norm"}
+FINAL_NORMS = ("norm", "norm_f", "ln_f", "ln_out", "out_norm", "layer_norm", "embedding_norm")
+FINAL_NORMS += ("final_norm", "final_layernorm", "final_layer_norm")
 
 
 def plain_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -104,7 +104,7 @@ def find_final_norm(model: nn.Module, modules: dict[str, nn.Module]) -> list[str
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         return []
     decoder = next((name for name, module in modules.items() if module is model.get_decoder()), None)
-    if decoder is None:
+    if decoder is None or join(decoder, "project_out") in modules:  # of OPT, which comes after the norm
         return []
     norms = [join(decoder, name) for name in FINAL_NORMS]
     return [name for name in norms if name in modules and has_parameters(modules[name])]

@@ -42,6 +42,20 @@ class Read(torch.utils.data.IterableDataset):
         return iter(self.rows)
 
 
+class Drawn(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for _ in range(10):
+            yield {"input_ids": torch.randint(4, 30, (5,))}
+
+
+class Once(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.left = iter(rows)
+
+    def __iter__(self):
+        return self.left
+
+
 def make_model(tasks=("a",), dtype=torch.float32):
     torch.manual_seed(0)
     base = T.BertForSequenceClassification(T.BertConfig(num_labels=3, **BERT)).to(dtype).eval()
@@ -79,13 +93,20 @@ def test_what_has_no_length_is_read_again_and_resumed(tmp_path):
     whole = train(tmp_path / "whole", Read(texts()), max_steps=8, save_steps=3)
     resumed = train(tmp_path / "whole", Read(texts()), max_steps=8, resume=str(tmp_path / "whole" / "checkpoint-3"))
     assert all(torch.equal(value, state(resumed)[name]) for name, value in state(whole).items())
+    drawn = [train(tmp_path / "drawn", Drawn(), max_steps=6, save_steps=2, head_steps=0)]
+    drawn.append(
+        train(tmp_path / "drawn", Drawn(), max_steps=6, resume=str(tmp_path / "drawn" / "checkpoint-2"), head_steps=0)
+    )
+    assert all(torch.equal(value, state(drawn[1])[name]) for name, value in state(drawn[0]).items())
+    with pytest.raises(ValueError, match=r"Task 'a': its dataset gives nothing when it is read for the 2\. time"):
+        train(tmp_path, Once(texts(number=8)))
     with pytest.raises(ValueError, match="`num_train_epochs` is set, and a dataset has no length; set `max_steps`"):
         train(tmp_path, Read(texts()), num_train_epochs=1)
     with pytest.raises(ValueError, match=r"Task 'a': the expert's outputs are cached beside a `datasets.Dataset`"):
         train(tmp_path, Listed(texts()), expert_rows="cache")
     with pytest.raises(ValueError, match="Task 'a': its samples are of the type tuple; they must be dicts"):
         train(tmp_path, Listed([(1, 2)] * 8))
-    with pytest.raises(ValueError, match=r"`train_dataset` is a Listed, and the model has 2 tasks"):
+    with pytest.raises(ValueError, match=r"`train_dataset` is a Listed; give {task: Dataset} for"):
         train(tmp_path, Listed(texts()), make_model(("a", "b")))
 
 
@@ -139,10 +160,19 @@ def test_callbacks_of_transformers(tmp_path):
     train(tmp_path, Dataset.from_list(texts()), None, [Asking()], head_steps=0)
     scores = ["eval_accuracy", "eval_agreement", "eval_expert_accuracy", "eval_mean_accuracy", "eval_mean_agreement"]
     assert seen[0] == (1, 4) and seen[1] == 1 and {*scores} <= {*seen[2]}
-    assert seen[3:] == [(2, 4), 2, "saved", (3, 4), "end"]
+    assert seen[3:] == [(2, 4), 2, "saved", (3, 4), 3, "end"]
     assert os.listdir(tmp_path) == ["checkpoint-2"]
     with pytest.raises(ValueError, match="`callbacks` has a int"):
         train(tmp_path, Dataset.from_list(texts()), None, [3])
+
+
+def test_one_callback_or_none_and_folders_of_others(tmp_path):
+    data = Dataset.from_list(texts())
+    train(tmp_path, data, callbacks=None)
+    train(tmp_path, data, callbacks=T.PrinterCallback())
+    train(tmp_path, data, max_steps=2, save_steps=2)
+    with pytest.raises(ValueError, match="is of a training that came further than step 0"):
+        train(tmp_path, data, callbacks=T.TrainerCallback())  # it may ask for a checkpoint
 
 
 def test_early_stopping(tmp_path):

@@ -19,18 +19,30 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 WORDS = 1200
 
 
-@pytest.fixture
-def llama():
+def make_models(**settings):
     torch.manual_seed(0)
-    base = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=WORDS, pad_token_id=0, **SIZES)).eval()
+    base = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=WORDS, pad_token_id=0, **settings, **SIZES)).eval()
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.mul_(15 if parameter.ndim > 1 else 1)
         base.lm_head.weight.mul_(3)  # sure of few words
-    experts = make_experts(base, ["a", "b"])
+    return base, make_experts(base, ["a", "b"])
+
+
+@pytest.fixture
+def llama():
+    base, experts = make_models()
     ids = torch.randint(1, WORDS, (24, 6), generator=torch.Generator().manual_seed(1)).tolist()
     data = {task: Dataset.from_dict({"input_ids": ids, "labels": ids}) for task in experts}
     return base, experts, data
+
+
+class Read(torch.utils.data.IterableDataset):
+    def __init__(self, dataset):
+        self.dataset_of_rows = dataset
+
+    def __iter__(self):
+        return iter(self.dataset_of_rows)
 
 
 def arguments(tmp_path, **settings):
@@ -70,10 +82,12 @@ def test_models_without_a_final_norm_train_coefficients():
     assert not model.base_model.tint_layers
 
 
-@pytest.mark.parametrize("kept", [None, 1])
-def test_the_norm_is_fitted_to_features(llama, kept, tmp_path):
+@pytest.mark.parametrize("kept, is_tied", [(None, False), (1, False), (None, True)])
+def test_the_norm_is_fitted_to_features(llama, kept, is_tied, tmp_path):
     """Alone, and to what the whole model gives, also at the last token alone as a collator may want it."""
     base, experts, data = llama
+    if is_tied:
+        base, experts = make_models(tie_word_embeddings=True)
     model = peft_tint.from_experts(base, experts)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     more = {} if kept is None else {"logits_to_keep": kept}
@@ -90,6 +104,17 @@ def test_the_norm_is_fitted_to_features(llama, kept, tmp_path):
     for name, parameter in model.named_parameters():
         assert not parameter.requires_grad or torch.equal(parameter, before[name]) == ("tint_coefficients" in name)
         assert parameter.grad is None
+
+
+def test_the_norm_is_fitted_to_kept_rows_as_to_others(llama, tmp_path):
+    base, experts, data = llama
+    found = []
+    for expert_rows in ("cache", "online"):
+        model = peft_tint.from_experts(copy.deepcopy(base), experts)
+        trainer = TintTrainer(model, arguments(tmp_path, max_steps=0, expert_rows=expert_rows), data)
+        trainer.train()
+        found.append(trainer.log_history[0]["head_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 @torch.no_grad()
@@ -114,7 +139,11 @@ def test_shortened_rows():
     assert torch.equal(whole.argmax(-1), logits.argmax(-1)) and whole.isfinite().all()
     assert torch.allclose(whole.gather(-1, known), exact.gather(-1, known), atol=1e-2)
     assert torch.allclose(complete(shorten(logits), ours * 0).exp().sum(-1), torch.ones(50), atol=1e-2)
-    assert (whole.exp().sum(-1) < 1.01).all()
+    assert torch.allclose(whole.exp().sum(-1), torch.ones(50), atol=1e-2)
+    short = shorten(logits)
+    before = [part.clone() for part in short]
+    complete(type(short)(short.values.float(), short.classes.long()), ours)
+    assert all(torch.equal(part, kept) for part, kept in zip(short, before, strict=True))
     others = torch.ones_like(logits, dtype=torch.bool).scatter_(-1, known, False)
     ratio = (complete(shorten(logits), ours * 0.1) - ours * 0.1)[0][others[0]]
     assert ratio.std() < 1e-3  # they share their mass as ours do
@@ -156,10 +185,27 @@ def test_kept_rows_train_as_all_words_do(llama, objective, tmp_path):
     assert (found[0] - found[1]).norm() < 0.02 * found[1].norm()
 
 
+def test_a_function_of_the_users_gets_logits(llama, tmp_path):
+    base, experts, data = llama
+    losses = []
+    for expert_rows in ("cache", "online"):
+        model = peft_tint.from_experts(copy.deepcopy(base), experts, tint_layer=[])
+        settings = arguments(tmp_path, expert_rows=expert_rows)
+        trainer = TintTrainer(
+            model, settings, data, objective=lambda ours, expert, mask: (ours - expert).square().mean()
+        )
+        trainer.train()
+        losses.append(trainer.log_history[-1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_evaluation_counts_all_words(llama, tmp_path):
     base, experts, data = llama
     model = peft_tint.from_experts(base, experts)
-    found = TintTrainer(model, arguments(tmp_path), eval_dataset=data).evaluate()["a"]
+    trainer = TintTrainer(model, arguments(tmp_path, per_device_eval_batch_size=3), eval_dataset=data)
+    found = trainer.evaluate()["a"]
+    read = trainer.evaluate({"a": Read(data["a"].with_format("torch"))})["a"]
+    assert read == pytest.approx(found, rel=1e-4, nan_ok=True)
     ids = torch.tensor(data["a"][:]["input_ids"])
     with torch.no_grad():
         expected = experts["a"](input_ids=ids, labels=ids).loss.exp().item()
@@ -171,6 +217,10 @@ def test_texts_of_which_nothing_counts(llama, tmp_path):
     ids = data["a"][:]["input_ids"]
     labels = [row if index % 3 else [-100] * 6 for index, row in enumerate(ids)]
     some = {"a": Dataset.from_dict({"input_ids": ids, "labels": labels})}
+    one = [*labels[:8], [-100] * 6]  # alone in its batch of evaluation
+    one = {"a": Dataset.from_dict({"input_ids": ids[:9], "labels": one})}
+    model = peft_tint.from_experts(copy.deepcopy(base), experts)
+    TintTrainer(model, arguments(tmp_path, per_device_eval_batch_size=4), one).train()
     none = {"a": Dataset.from_dict({"input_ids": ids, "labels": [[-100] * 6] * 24})}
     trainer = TintTrainer(peft_tint.from_experts(base, experts), arguments(tmp_path), some)
     trainer.train()

@@ -402,7 +402,7 @@ def test_learning_rate_by_tint_layer(bert, tmp_path):
 
 def test_misuse_is_told_before_the_first_step(bert, model, tmp_path):
     data = Dataset.from_dict({"input_ids": [[5, 6, 7]]})
-    with pytest.raises(ValueError, match="`train_dataset` is a Dataset, and the model has 3 tasks"):
+    with pytest.raises(ValueError, match="`train_dataset` is a Dataset; give"):
         TintTrainer(model, arguments(tmp_path), data)
     with pytest.raises(ValueError, match="`eval_steps` is set"):
         TintTrainer(model, arguments(tmp_path, eval_steps=1), {"a": data}).train()

@@ -138,9 +138,11 @@ class TintTrainingArguments:
             raise ValueError(f"`collapse_guard` is {self.collapse_guard}; it must be a share between 0 and 1.")
         if self.num_train_epochs is not None and self.num_train_epochs <= 0:
             raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; it must be above 0.")
-        for name in ("max_steps", "head_steps", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 0.")
+        for name in ("max_steps", "head_steps", "warmup_steps", "learning_rate", "coefficient_learning_rate"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"`{name}` is {value}; it must be at least 0.")
+        if self.warmup_steps % 1:
+            raise ValueError(f"`warmup_steps` is {self.warmup_steps}; it must be a whole number of steps.")
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
         for name in (*counts, "per_device_eval_batch_size", "eval_steps", "save_steps", "save_total_limit"):
             value = getattr(self, name)

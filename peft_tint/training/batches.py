@@ -22,7 +22,7 @@ from transformers import (
 
 from .arguments import TintTrainingArguments
 from .data import Collator, WithExpertRows, cache_expert_rows
-from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, UNSHIFTED, are_close
+from .outputs import BY_LABELS, LABELS, OF_LANGUAGE, UNSHIFTED, are_close, takes_any
 from .resuming import kept_random_state, random_state
 from .rows import Rows
 from .shortened import TOP, shorten
@@ -45,7 +45,10 @@ class Batches:
         the model."""
         if data_collator is not None and not type(data_collator).__module__.startswith("transformers."):
             return data_collator, None
-        columns = {*_parameters(self.rows.base)} - {"args", "kwargs"}
+        takes = _parameters(self.rows.base)
+        if takes_any(self.rows.base, takes):
+            return data_collator or default_data_collator, None
+        columns = {*takes} - {"args", "kwargs"}
         if data_collator is not None:
             return data_collator, columns
         if processing_class is None or not hasattr(processing_class, "pad"):
@@ -108,15 +111,25 @@ class Batches:
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.collator(task, labelled=False),
             num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(self.args.seed),
         )
 
         def epochs():
             for epoch in count():
                 if hasattr(dataset, "set_epoch"):  # as those have that shuffle
                     dataset.set_epoch(epoch)
-                yield from loader
+                number = -1
+                for number, batch in enumerate(loader):  # noqa: B007
+                    yield batch
+                if number < 0:
+                    raise ValueError(
+                        f"Task {task!r}: its dataset gives nothing when it is read for the {epoch + 1}. time. Its "
+                        "`__iter__` must begin anew each time."
+                    )
 
-        batches = islice(epochs(), done, None)
+        batches = epochs()
+        for _ in range(done):  # at once, for it may draw at random, and the random state is set after it
+            next(batches)
         return (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in batches)
 
     def once(self, task: str, dataset: Dataset, evaluating: bool, keeps: bool = True) -> DataLoader:
@@ -131,6 +144,8 @@ class Batches:
 
     def shared(self, task: str, dataset: Dataset, keeps: bool) -> DataLoader:
         """`once` to evaluate by, in which each process has its part."""
+        # Accelerate cuts what such a dataset gives to the size of a batch, the numbers of the tokens to keep, too
+        keeps = keeps and not isinstance(dataset, IterableDataset)
         loader = self.accelerator.prepare(self.once(task, dataset, True, keeps))
         self.accelerator._dataloaders.remove(loader)  # or every evaluation would leave one there
         return loader
@@ -163,7 +178,7 @@ class Batches:
         sharded = model.peft_config[model.active_adapter].is_sharded
         sharded |= any(isinstance(parameter, DTensor) for parameter in model.parameters())
         expert = uuid4().hex if sharded else model.expert_fingerprint(task)
-        shortens = self._shortens(evaluating)
+        shortens = self._shortens(task, evaluating)
         key = [expert, kind, self.precision, shortens, Hasher.hash([collate.collate, collate.columns])]
         size, description = self.args.per_device_eval_batch_size, f"expert {kind} of {task}"
 
@@ -174,9 +189,9 @@ class Batches:
         with model.expert(task), nullcontext() if sharded else self.accelerator.main_process_first():
             return cache_expert_rows(dataset, compute, key, size, description, not sharded, shortens)
 
-    def _shortens(self, evaluating):
+    def _shortens(self, task, evaluating):
         """Evaluation counts by all words: the expert's perplexity, too."""
-        return self.rows.has_vocabulary and not evaluating
+        return self.rows.shortens(task) and not evaluating
 
     @torch.no_grad()
     def _compute(self, task, collate, evaluating, samples):
@@ -210,7 +225,7 @@ class Batches:
             together = self._compute(task, collate, evaluating, samples)
             if len(together) != number:  # packed into one
                 return False
-            width = 6 * TOP if self._shortens(evaluating) else 4 * together[0].shape[-1]  # bytes
+            width = 6 * TOP if self._shortens(task, evaluating) else 4 * together[0].shape[-1]  # bytes
             if sum(map(len, together)) * width / number * len(dataset) > MOST_CACHED:
                 return False
             sizes = [_size(collate([sample])) for sample in samples]

@@ -1,5 +1,6 @@
 """Who is told of what happens in a training, and what Ctrl-C does in it."""
 
+import os
 import signal
 import sys
 import threading
@@ -11,11 +12,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 class Callbacks:
     """Functions `(trainer, logs)`, called with each entry of the log; and transformers' `TrainerCallback`s.
 
-    The latter get what transformers' Trainer gives them, with `TintTrainingArguments`, no scheduler and no loaders;
-    they may stop the training, and ask for an evaluation or a checkpoint at the end of a step.
+    The latter hear of the begin and end of the training and of each step, of logs, evaluations and checkpoints, with
+    `TintTrainingArguments`, and no epochs, scheduler or loaders. They may stop the training, and ask for an evaluation
+    or a checkpoint at the end of a step.
     """
 
     def __init__(self, callbacks):
+        is_one = callable(callbacks) or isinstance(callbacks, TrainerCallback)
+        callbacks = [callbacks] if is_one else callbacks or ()
         callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks]
         for callback in callbacks:
             if not callable(callback) and not isinstance(callback, TrainerCallback):
@@ -53,18 +57,21 @@ class Callbacks:
 def held_interrupt(holds: bool):
     """Gives a list that is empty until Ctrl-C, which ends the step that runs and not what is in the middle of it. The
     second Ctrl-C is heard at once."""
-    heard = []
+    heard, process = [], os.getpid()
 
     def hear(*_):
+        if os.getpid() != process:  # a loader's worker
+            return
         if heard:
             raise KeyboardInterrupt
         heard.append(True)
         print("\nStopping after this step; Ctrl-C again stops at once", file=sys.stderr, flush=True)
 
-    if not holds or threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if not holds or before is None or threading.current_thread() is not threading.main_thread():
         yield heard
         return
-    before = signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGINT, hear)
     try:
         yield heard
     finally:

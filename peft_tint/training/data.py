@@ -26,7 +26,8 @@ def by_task(name: str, datasets, tasks: list[str]) -> dict | None:
         datasets = {tasks[0]: datasets}
     if not isinstance(datasets, dict | None):
         raise ValueError(
-            f"`{name}` is a {type(datasets).__name__}, and the model has {len(tasks)} tasks; give {{task: Dataset}}."
+            f"`{name}` is a {type(datasets).__name__}; give {{task: Dataset}} for the model's tasks, which are "
+            f"{', '.join(map(repr, tasks))}. Of a list a Dataset is made by `Dataset.from_list`."
         )
     for task, dataset in (datasets or {}).items():
         if task not in tasks:
@@ -81,7 +82,8 @@ class Collator:
         if self.keeps and isinstance(batch.get("labels"), torch.Tensor) and batch["labels"].ndim == 2:
             batch.setdefault("logits_to_keep", (batch["labels"][:, 1:] != IGNORED).any(0).nonzero().flatten())
         if rows:
-            batch[EXPERT_ROWS] = Shortened(*rows) if len(rows) > 1 else rows[0]
+            # `datasets` gives them in 32 and 64 bits
+            batch[EXPERT_ROWS] = Shortened(rows[0].half(), rows[1].int()) if len(rows) > 1 else rows[0]
         return batch
 
     def _reason(self, samples, error):

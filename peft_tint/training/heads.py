@@ -21,10 +21,12 @@ MOST_LOGITS = 2**20  # numbers, in one step of fitting
 def last_layer(rows: Rows):
     """The tint layer that the output is made by, and what comes after it; None where another layer makes it."""
     model = rows.model
-    heads = [layer for layer in model.head_layers if layer in model.tint_layers]
+    trained = [layer for layer in model.tint_layers if any(p.requires_grad for p in layer.parameters())]
+    heads = [layer for layer in model.head_layers if layer in trained]
     if heads:
         return heads[-1], nn.Identity()
-    return (model.final_norms[-1], rows.base.get_output_embeddings()) if model.final_norms else None
+    norms = [layer for layer in model.final_norms if layer in trained]
+    return (norms[-1], rows.base.get_output_embeddings()) if norms else None
 
 
 @torch.no_grad()
@@ -44,6 +46,8 @@ def features_of(rows: Rows, layer: nn.Module, rest: nn.Module, task: str, loader
             axes = 2 if isinstance(rest, nn.Identity) else 3
             if len(found) != 1 or getattr(found[0], "ndim", 0) != axes:
                 return None
+            if not len(compared.rows()):
+                continue
             positions = found[0][:, None] if axes == 2 else found[0]
             positions = take_kept(positions, batch.get("logits_to_keep"))
             if positions.shape[:2] != compared.values.shape[:2]:
@@ -52,7 +56,7 @@ def features_of(rows: Rows, layer: nn.Module, rest: nn.Module, task: str, loader
             with rows.autocasting():
                 if not features and not are_close(rest(layer(own)).float(), compared.rows()):
                     return None
-            if rows.has_vocabulary and not isinstance(theirs, Shortened):
+            if rows.shortens(task) and not isinstance(theirs, Shortened):
                 theirs = shorten(theirs)
             features.append(own)
             expert_rows.append(theirs)
@@ -61,6 +65,8 @@ def features_of(rows: Rows, layer: nn.Module, rest: nn.Module, task: str, loader
                 return None
     finally:
         hook.remove()
+    if not features:
+        return None
     if isinstance(expert_rows[0], Shortened):
         return torch.cat(features), Shortened(*(torch.cat(parts) for parts in zip(*expert_rows, strict=True)))
     return torch.cat(features), torch.cat(expert_rows)
@@ -71,13 +77,11 @@ def fit(rows: Rows, layer, rest, task: str, objective: Objective, features, expe
     that falls to zero; `steps` is an iterable of known length. Returns the loss of the last step."""
     module = layer.modules_to_save[layer.active_adapters[0]].current
     own = copy.deepcopy(module).float()  # Adam's steps are smaller than what 16 bits resolve
-    if not len(features):
-        return features.new_zeros(())
     optimizer = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], learning_rate)
     scheduler = get_scheduler("cosine", optimizer, 0, len(steps))
     with torch.no_grad():
         size = max(MOST_LOGITS // rest(layer(features[:1])).numel(), 1)
-    with _frozen(rest):
+    with _frozen(rows.model):  # of tied embeddings the coefficients are elsewhere than in `rest`
         for _ in steps:
             index = slice(None)
             if size < len(features):

@@ -97,11 +97,17 @@ def inputs_of(model: torch.nn.Module, kind: str | None, batch: dict, task: str) 
 
 def _taken(model, takes, names):
     """Of these names those that the forward takes: by name, or as one of the further ones of transformers' models."""
-    kinds = {parameter.kind for parameter in takes.values()}
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
-        return takes.keys()
-    is_plain = isinstance(model, PreTrainedModel) and len(takes) > 2
-    return takes.keys() | TransformersKwargs.__annotations__.keys() if is_plain else names
+    if takes_any(model, takes):
+        return names
+    is_further = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
+    return takes.keys() | (TransformersKwargs.__annotations__.keys() if is_further else set())
+
+
+def takes_any(model: torch.nn.Module, takes: Mapping) -> bool:
+    """Whether a forward with these parameters takes inputs of any name. Those of transformers' models have `**kwargs`
+    for few names, unless there is nothing else."""
+    is_open = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values())
+    return is_open and not (isinstance(model, PreTrainedModel) and len(takes) > 2)
 
 
 def output_of(result) -> torch.Tensor:

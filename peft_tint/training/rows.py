@@ -42,6 +42,10 @@ class Rows:
             and getattr(self.base.config.get_text_config(decoder=True), "vocab_size", 0) >= LARGE
         )
 
+    def shortens(self, task: str) -> bool:
+        """A function of the user's may want more than a distribution."""
+        return self.has_vocabulary and self.objectives[task].compares == "classes"
+
     # ---- what is compared --------------------------------------------------------------------------------------------
 
     def _choose(self, objective, tasks) -> dict[str, Objective]:

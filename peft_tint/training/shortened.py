@@ -31,8 +31,12 @@ def shorten(rows: torch.Tensor) -> Shortened:
 
 def complete(short: Shortened, rows: torch.Tensor) -> torch.Tensor:
     """The log-probabilities of all classes (rows, classes). The others share their mass as they do in `rows`, the
-    model's own logits, so an objective does not move it among them; none gets more than the least of the known."""
+    model's own logits, so an objective does not move it among them. None gets more than the least of the known; what
+    that leaves over they share evenly."""
     values, classes = short.values.float(), short.classes.long()
-    values[:, 1:-1] += values[:, :1]
-    others = rows.detach().float().scatter(-1, classes, -torch.inf).log_softmax(-1) + values[:, -1:]
-    return others.minimum(values[:, -2:-1]).scatter_(-1, classes, values[:, :-1])
+    values, rest = torch.cat([values[:, :1], values[:, 1:-1] + values[:, :1]], -1), values[:, -1:]
+    others = rows.detach().float().scatter(-1, classes, -torch.inf).log_softmax(-1) + rest
+    others = others.minimum(values[:, -1:])
+    left = (rest.exp() - others.exp().sum(-1, keepdim=True)).clamp(min=0) / (rows.shape[-1] - TOP)
+    others = others.logaddexp((left + 1e-30).log()).minimum(values[:, :1] - 1e-3)
+    return others.scatter_(-1, classes, values)

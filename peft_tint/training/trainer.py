@@ -162,7 +162,7 @@ class TintTrainer:
 
     def train(self, resume_from_checkpoint: bool | str | os.PathLike | None = None) -> TrainOutput:
         """Trains for `max_steps`, or `num_train_epochs`; the result is in the model. Returns steps, mean loss and run
-        time. Where checkpoints are saved, Ctrl-C saves one at the end of the step, and ends the program.
+        time. Where one process saves checkpoints, Ctrl-C saves one at the end of the step, and ends the program.
 
         From a checkpoint (a folder, or True for the last in `output_dir`) training goes on to bitwise the result that
         it would have had without a stop, on the same machine, unless the collator draws by a generator of its own.
@@ -176,8 +176,9 @@ class TintTrainer:
         args, started, before = self.args, time.perf_counter(), self.model.task
         checkpoint = find_checkpoint(resume_from_checkpoint, args.output_dir)
         saved = self._read_checkpoint(checkpoint) if checkpoint else None
-        if args.save_steps:
+        if args.save_steps or self.callbacks.of_transformers:  # which may ask for a checkpoint
             check_output_dir(args.output_dir, saved[1]["step"] if saved else 0)
+        if args.save_steps:
             get_peft_model_state_dict(self.model, save_embedding_layers=False)  # raises if the adapter cannot be saved
         set_seed(args.seed)
         self._prepare()
@@ -209,6 +210,7 @@ class TintTrainer:
         args, progress = self.args, self.progress
         if saved:
             self._load_state(*saved[:2])
+        self._tell("on_train_begin")
         done = progress.step * args.gradient_accumulation_steps  # batches of each task
         batches = {task: self.batches.endless(task, data, done) for task, data in self.train_dataset.items()}
         scheduler = self._scheduler()
@@ -219,7 +221,6 @@ class TintTrainer:
                 self._evaluate_state()
             with self.model.reuse_merged_weights():
                 self._fit_heads()
-        self._tell("on_train_begin")
         with held_interrupt(bool(args.save_steps) and self.accelerator.num_processes == 1) as interrupted:
             bar = self._bar("tinting", range(progress.step + 1, self.max_steps + 1))
             for step in bar:
@@ -232,7 +233,7 @@ class TintTrainer:
                 self._tell("on_step_end")
                 if self._end_step(bar, interrupted):
                     break
-        if interrupted:
+        if interrupted and progress.step < self.max_steps and not progress.collapsed:
             raise SystemExit(
                 f"Interrupted after step {progress.step}; `train(resume_from_checkpoint=True)` goes on from there."
             )
@@ -264,18 +265,23 @@ class TintTrainer:
     def _end_step(self, bar, interrupted: list) -> bool:
         """Logs, evaluates and saves where it is time to; returns whether the training ends here before its end."""
         args, progress, step = self.args, self.progress, self.progress.step
-        last = step == self.max_steps
-        if step % args.logging_steps == 0 or last:
+        last = step == self.max_steps or self.callbacks.take("should_training_stop")
+        is_logged = step % args.logging_steps == 0 or last
+        if is_logged:
             bar.set_postfix(progress.window.fetch().summary())
             progress.collapsed = self._end_window()
         if progress.collapsed:
             return True
         if self.callbacks.take("should_evaluate") or (args.eval_steps and (step % args.eval_steps == 0 or last)):
             self._evaluate_state()
-        stops = self.callbacks.take("should_training_stop") or bool(interrupted)
-        if self.callbacks.take("should_save") or (args.save_steps and (step % args.save_steps == 0 or last or stops)):
+        if self.callbacks.take("should_training_stop"):  # by what it was told of just now
+            last = True
+            if not is_logged:
+                self._end_window()
+        saves = bool(args.save_steps) and (step % args.save_steps == 0 or last or bool(interrupted))
+        if self.callbacks.take("should_save") or saves:
             self._save_checkpoint()
-        return stops
+        return (last and step < self.max_steps) or bool(interrupted)
 
     def _fit_heads(self):
         """Each task's head, or final norm, by the objective, to the features that the merged model has at the start.
