@@ -12,17 +12,14 @@ probability as those of a trained model. Each row is measured in a process of it
 import argparse
 import copy
 import json
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     print("Loading PyTorch and transformers", file=sys.stderr, flush=True)
 
+import _in_processes
 import torch
-import transformers
 from datasets import Dataset, load_from_disk
 from sharding import Peak, anonymous_mb
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,17 +41,7 @@ def main():
     if args.row:
         print(json.dumps(measure(args.work, *args.row)))
         return
-    rows = []
-    for number, row in enumerate(ROWS):
-        command = [sys.executable, __file__, "--work", str(args.work / str(number)), "--row", json.dumps(row)]
-        # or freed memory stays with the process, in holes of its heap
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-        rows.append(json.loads(output.strip().rsplit("\n", 1)[-1]))
-        print(rows[-1], flush=True)
-    versions = {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)}
-    result = {"versions": versions, "machine": f"{platform.machine()}, 1 thread", "precision": "float32", "rows": rows}
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    _in_processes.run(__file__, [(args.work / str(number), row) for number, row in enumerate(ROWS)], args.output)
 
 
 def measure(work, what, counted):

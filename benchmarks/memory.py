@@ -9,23 +9,19 @@ backward needs, 4P; and where an update is of several tasks (`update="joint"`) t
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     print("Loading PyTorch and transformers", file=sys.stderr, flush=True)
 
+import _in_processes
 import torch
-import transformers
 from datasets import Dataset
 from peft import get_peft_model
 from sharding import Peak, anonymous_mb, make_experts
 from transformers import ViTForImageClassification
 
-import peft_tint
 from peft_tint import TintConfig, TintTrainer, TintTrainingArguments
 
 ROWS = [(4, None, "sequential"), (8, None, "sequential"), (8, None, "joint"), (8, "bfloat16", "sequential")]
@@ -40,18 +36,9 @@ def main():
     if args.row:
         print(json.dumps(measure(args.work, *args.row)))
         return
-    args.experts, rows = max(row[0] for row in ROWS), []
+    args.experts = max(row[0] for row in ROWS)
     make_experts(args)
-    for row in ROWS:
-        command = [sys.executable, __file__, "--work", str(args.work), "--row", json.dumps(row)]
-        # or freed memory stays with the process, in holes of its heap
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-        rows.append(json.loads(output.strip().rsplit("\n", 1)[-1]))
-        print(rows[-1], flush=True)
-    versions = {library.__name__: library.__version__ for library in (torch, transformers, peft_tint)}
-    result = {"versions": versions, "machine": f"{platform.machine()}, 1 thread", "precision": "float32", "rows": rows}
-    Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    _in_processes.run(__file__, [(args.work, row) for row in ROWS], args.output)
 
 
 def measure(work, count, dtype, update):

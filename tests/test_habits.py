@@ -171,8 +171,14 @@ def test_one_callback_or_none_and_folders_of_others(tmp_path):
     train(tmp_path, data, callbacks=None)
     train(tmp_path, data, callbacks=T.PrinterCallback())
     train(tmp_path, data, max_steps=2, save_steps=2)
+    train(tmp_path, data, callbacks=T.TrainerCallback())  # which asks for no checkpoint
+
+    class Asking(T.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = state.global_step == 1
+
     with pytest.raises(ValueError, match="is of a training that came further than step 0"):
-        train(tmp_path, data, callbacks=T.TrainerCallback())  # it may ask for a checkpoint
+        train(tmp_path, data, callbacks=Asking())
 
 
 def test_early_stopping(tmp_path):

@@ -323,11 +323,12 @@ def test_logits_of_no_other_tokens_than_those_that_count(name, side, tmp_path):
     assert trainer.evaluate()["t"]["tokens"] == max(LENGTHS)  # a metric of the user's gets all
 
 
-@pytest.mark.parametrize("name, side", SIDES)
+BY_CLASSES = [side for side in SIDES if side[0] not in ("masked", "segmentation", "frames", "number", "several labels")]
+
+
+@pytest.mark.parametrize("name, side", BY_CLASSES)
 def test_the_loss_is_that_of_the_rows_that_count(name, side, tmp_path):
     """Of one batch of all samples, against the objective on samples alone."""
-    if name in ("masked", "segmentation", "frames", "number", "several labels"):
-        pytest.skip("the loss of other rows, tested elsewhere")
     model, expert, samples, data, collate, _ = make(name, side, coefficient=0.3)
     plain = copy.deepcopy(model).merge_and_unload().eval()
     settings = arguments(tmp_path, max_steps=1, logging_steps=1, per_device_train_batch_size=len(samples))
@@ -429,15 +430,13 @@ def test_padding_of_sounds_does_not_count(build, tmp_path):
     assert numbers.argsort().equal(batch["attention_mask"].sum(1).argsort())
 
 
-@pytest.mark.parametrize("name", ["roberta", "gpt2", "spans", "tokens", "llama"])
+@pytest.mark.parametrize("name", ["roberta", "gpt2", "spans", "tokens"])
 def test_features_count_where_there_is_no_padding(name, tmp_path):
     """Also of heads that get more positions than they give."""
     if name == "roberta":
         base = of_class(T.RobertaForSequenceClassification, T.RobertaConfig, num_labels=3, **TEXT)()
     else:
         base = KINDS["one label by a decoder" if name == "gpt2" else name][0]()
-    if name == "llama":
-        pytest.skip("its head is no head of a task")
     model = peft_tint.from_experts(base, make_experts(base, ["t"]), coefficient_init=0.3)
     trainer = TintTrainer(
         model, arguments(tmp_path), {"t": Dataset.from_list(texts())}, None, "feature_l1", processing_class=tokenizer()
@@ -658,3 +657,23 @@ def test_a_decoder_without_tokens(tmp_path):
         ValueError, match=r"'t': a T5ForConditionalGeneration needs a column `labels`.* has 'input_ids'"
     ):
         TintTrainer(model, arguments(tmp_path), data, data_collator=collate).train()
+
+
+def test_texts_are_padded_for_a_model_that_takes_anything(tmp_path):
+    """And every column reaches it."""
+
+    class Open(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.classifier = torch.nn.Embedding(WORDS, 8), torch.nn.Linear(8, 3)
+
+        def forward(self, input_ids, **further):
+            weights = further["attention_mask"][..., None] * further["scale"][:, None, None]
+            return self.classifier((self.words(input_ids) * weights).sum(1))
+
+    base = Open()
+    model = peft_tint.from_experts(base, make_experts(base, ["t"]), tint_layer="classifier")
+    data = {"t": Dataset.from_list([sample | {"scale": 0.5} for sample in texts()])}
+    trainer = TintTrainer(model, arguments(tmp_path), data, data, processing_class=tokenizer())
+    trainer.train()
+    assert trainer.evaluate()["t"]["agreement"] > 0

@@ -46,9 +46,7 @@ class Batches:
         if data_collator is not None and not type(data_collator).__module__.startswith("transformers."):
             return data_collator, None
         takes = _parameters(self.rows.base)
-        if takes_any(self.rows.base, takes):
-            return data_collator or default_data_collator, None
-        columns = {*takes} - {"args", "kwargs"}
+        columns = None if takes_any(self.rows.base, takes) else {*takes} - {"args", "kwargs"}
         if data_collator is not None:
             return data_collator, columns
         if processing_class is None or not hasattr(processing_class, "pad"):

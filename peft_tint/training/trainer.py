@@ -176,9 +176,8 @@ class TintTrainer:
         args, started, before = self.args, time.perf_counter(), self.model.task
         checkpoint = find_checkpoint(resume_from_checkpoint, args.output_dir)
         saved = self._read_checkpoint(checkpoint) if checkpoint else None
-        if args.save_steps or self.callbacks.of_transformers:  # which may ask for a checkpoint
-            check_output_dir(args.output_dir, saved[1]["step"] if saved else 0)
         if args.save_steps:
+            check_output_dir(args.output_dir, saved[1]["step"] if saved else 0)
             get_peft_model_state_dict(self.model, save_embedding_layers=False)  # raises if the adapter cannot be saved
         set_seed(args.seed)
         self._prepare()
@@ -514,6 +513,7 @@ class TintTrainer:
 
     def _save_checkpoint(self):
         args, progress = self.args, self.progress
+        check_output_dir(args.output_dir, progress.step - 1)  # a callback may have asked where nothing was to be saved
         tensors, state = progress.save()
         state |= {"settings": self._settings(), "log_history": self.log_history}
         if self.accelerator.scaler is not None:

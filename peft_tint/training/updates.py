@@ -94,28 +94,31 @@ class Updates:
         # A loss of exactly zero is one for which no pseudo-label was kept. There is nothing to learn from it, but
         # Adam would still move by its momentum.
         skipped = (~(self.loss > 0) | self.loss.isinf()).float()  # NaN too
-        parameters, self.loss = self.parameters(), 0.0
-        self._sum_gradients(parameters.values())
-        for name, master in self.masters.items():
-            gradient, parameters[name].grad = parameters[name].grad, None
-            master.grad = None if gradient is None else gradient.float()
+        self.loss = 0.0
+        if self.accelerator.num_processes > 1:
+            self._sum_gradients()
+        if self.masters:
+            parameters = self.parameters()
+            for name, master in self.masters.items():
+                gradient, parameters[name].grad = parameters[name].grad, None
+                master.grad = None if gradient is None else gradient.float()
         if self.accelerator.scaler is None:
             self.optimizer.optimizer.found_inf = skipped  # as a GradScaler has the fused Adam leave an update out
             self.optimizer.step()
             del self.optimizer.optimizer.found_inf
         elif not skipped:
             self.optimizer.step()
-        self.set(self.masters, masters=False)
+        if self.masters:
+            self.set(self.masters, masters=False)
         # None and not zero: the tint layers of other tasks are to have no gradient, or Adam's momentum moves them
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _sum_gradients(self, parameters):
+    def _sum_gradients(self):
         """Makes the gradients those of the loss of all processes, of which each has the part of its own rows."""
-        if self.accelerator.num_processes > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            summed = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        gradients = [p.grad for p in self.parameters().values() if p.grad is not None]
+        summed = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     # ---- to be saved -------------------------------------------------------------------------------------------------
 
